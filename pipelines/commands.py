@@ -110,7 +110,14 @@ def compare(
 
 
 @opens_store
-def prepare(config: ConfigPath, overrides: Overrides = None, as_json: AsJson = False) -> None:
+def prepare(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Read all text and tokens again, also what nothing has touched.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
     """Fetch and tokenize everything that a run reads, so that training needs no network; train nothing."""
     from pipelines.preflight import check_memory, read_run
 
@@ -118,7 +125,7 @@ def prepare(config: ConfigPath, overrides: Overrides = None, as_json: AsJson = F
     check_memory(loaded.config)
     from pipelines.run.prepare import prepare as prepare_data
 
-    finish(prepare_data(loaded, console(as_json)), as_json)
+    finish(prepare_data(loaded, console(as_json), verify=verify), as_json)
 
 
 def retrain(

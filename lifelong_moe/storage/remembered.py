@@ -18,12 +18,14 @@ device. ``lifelong-moe status --verify`` reads everything.
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import BinaryIO
 
 from lifelong_moe.errors import CorruptError
 from lifelong_moe.storage.files import write_atomic
@@ -40,6 +42,12 @@ LEAST_BYTES = 1 << 20
 """Smaller files are hashed each time, which costs no more than to remember them."""
 SETTLED_SECONDS = 10.0
 """Age of a file's last change from which on a further one has another time, also where times are kept in seconds."""
+
+
+def state_of(file: BinaryIO) -> State:
+    """An open file as the file system describes it."""
+    stat = os.fstat(file.fileno())
+    return stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from lifelong_moe.storage.grammars import FileName, Sha256
 from lifelong_moe.storage.opening import open_regular, read_bounded
 from lifelong_moe.storage.plain import PlainError, from_plain
 from lifelong_moe.storage.plain_files import corrupt_if_irregular
-from lifelong_moe.storage.remembered import Remembered, Seen, State
+from lifelong_moe.storage.remembered import Remembered, Seen, State, state_of
 from lifelong_moe.storage.stored import MOST_BYTES, read_stored
 
 MANIFEST = "manifest.json"
@@ -77,13 +77,13 @@ class VerifiedDirectory:
         self.require(name)
         path = self.path / name
         with _open(path, self.lister, follow=self.follow) as file:
-            state = _state(file)
+            state = state_of(file)
             if state != self.states.get(name):
                 _compare(path, file, self.manifest.files[name], self.lister)
             # Opened by its descriptor: a name may lead elsewhere a moment later.
             yield _DESCRIPTORS / str(file.fileno()) if _DESCRIPTORS.is_dir() else path
             # Written to meanwhile; or only renamed or linked, which changes a time as well.
-            if _state(file) != state:
+            if state_of(file) != state:
                 file.seek(0)
                 _compare(path, file, self.manifest.files[name], self.lister)
 
@@ -120,7 +120,7 @@ def verify_directory(directory: Path, remembered: Remembered | None = None) -> V
     for name, entry in manifest.files.items():
         path = directory / name
         with _open(path) as file:
-            states[name] = _state(file)
+            states[name] = state_of(file)
             seen = Seen(states[name], entry.sha256)
             if remembered is not None and remembered.knows(name, seen):
                 continue
@@ -148,7 +148,7 @@ def verify_files(directory: Path, files: Mapping[str, Entry], lister: str) -> Ve
     states = {}
     for name, entry in files.items():
         with _open(directory / name, lister, follow=True) as file:
-            states[name] = _state(file)
+            states[name] = state_of(file)
             _compare(directory / name, file, entry, lister)
     return VerifiedDirectory(directory, Manifest(files), states, follow=True, lister=lister)
 
@@ -159,11 +159,6 @@ def _open(path: Path, lister: str = "the manifest", *, follow: bool = False) -> 
             return open_regular(path, follow=follow)
     except FileNotFoundError:
         raise CorruptError(f"{path}: missing, but {lister} lists it.") from None
-
-
-def _state(file: BinaryIO) -> State:
-    stat = os.fstat(file.fileno())
-    return stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns
 
 
 def _compare(path: Path, file: BinaryIO, entry: Entry, lister: str = "the manifest") -> None:

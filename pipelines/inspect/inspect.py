@@ -8,7 +8,7 @@ from typing import Any
 
 from rich.console import Console
 
-from lifelong_moe.data.text.limits import MAX_LINE_BYTES
+from lifelong_moe.data.formats.limits import MAX_LINE_BYTES
 from lifelong_moe.errors import ConfigError
 from lifelong_moe.storage.modes import SHARED
 from lifelong_moe.storage.opening import read_given

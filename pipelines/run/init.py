@@ -19,7 +19,7 @@ from lifelong_moe.config.initial.text import HELD_OUT, LEAST_HELD_OUT, MIN_CHARS
 from lifelong_moe.config.load import configure
 from lifelong_moe.config.routing.bounds import MOST_STAGES
 from lifelong_moe.data.formats.outcomes import Outcome, counted, sentence
-from lifelong_moe.data.text.files import settled
+from lifelong_moe.data.text.known import summary_of
 from lifelong_moe.data.text.sources import read_corpus
 from lifelong_moe.data.tokens.prepare import prepare_data
 from lifelong_moe.errors import ConfigError, DataError
@@ -116,12 +116,12 @@ def _read(folder: Path, name: str, console: Console) -> tuple[FolderText, dict[s
             corpus = read_corpus(name, source, CACHE)
     except DataError as error:
         raise DataError(f"{folder}: {error}") from None
-    files = settled(corpus)
+    files = corpus.files
     console.print(f"{name}: {sentence(files)}")
     text = FolderText(
         name=name,
         pattern=pattern,
-        train_bytes=sum(document.num_bytes for document in corpus.train),
+        train_bytes=summary_of(corpus.train).bytes,
         documents=len(corpus.train),
         other_encodings=sum(file.outcome == Outcome.other_encoding for file in files),
     )

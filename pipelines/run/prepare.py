@@ -7,12 +7,22 @@ from typing import Any
 from rich.console import Console
 
 from lifelong_moe.config.load import LoadedConfig
+from lifelong_moe.data.text.manifest import forget
 from pipelines.run.file_list import show_data
+from pipelines.shared.places import CACHE
 from pipelines.shared.workspace import prepare as prepare_run
 
 
-def prepare(loaded: LoadedConfig, console: Console) -> dict[str, Any]:
-    """Fill the cache; returns tokens and fingerprints by distribution."""
+def prepare(loaded: LoadedConfig, console: Console, *, verify: bool = False) -> dict[str, Any]:
+    """Fill the cache; returns tokens and fingerprints by distribution.
+
+    Args:
+        loaded: The configuration.
+        console: Where people read.
+        verify: Read again what is known of files that nothing has touched, and of tokens.
+    """
+    if verify:
+        forget(CACHE)
     with console.status("reading and tokenizing the distributions"):
         prepared = prepare_run(loaded)
     files = show_data(console, prepared)

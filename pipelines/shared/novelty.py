@@ -14,10 +14,10 @@ from lifelong_moe.config.data import SourceConfig
 from lifelong_moe.config.retraining.operation import InboxConfig
 from lifelong_moe.config.retraining.policy import HELDOUT_SOURCES
 from lifelong_moe.config.run import RunConfig
+from lifelong_moe.data.formats.limits import MAX_INBOX_BYTES, Quota
 from lifelong_moe.data.text.batches import BatchStore
 from lifelong_moe.data.text.documents import Document, documents_hash, normalized_hash
 from lifelong_moe.data.text.inbox import Inbox, read_inbox
-from lifelong_moe.data.text.limits import MAX_INBOX_BYTES, Quota
 from lifelong_moe.data.text.near_copies import near_copies
 from lifelong_moe.data.tokens import prepare
 from lifelong_moe.data.tokens.prepare import Texts

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import yaml
 
-from lifelong_moe.data.text.compression import COMPRESSED
+from lifelong_moe.data.formats.compression import COMPRESSED
 from pipelines.cli import app, exit_code
 from tests.e2e.conftest import Cli
 from tests.retrain_lab import RETRAIN, base_config

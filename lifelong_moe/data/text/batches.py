@@ -18,10 +18,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from lifelong_moe.data.formats.limits import Portion, Quota
 from lifelong_moe.data.text.documents import Document, documents_hash, hash_of_hashes, normalized_hash
 from lifelong_moe.data.text.jsonl import read_jsonl
 from lifelong_moe.data.text.kept import document_rows
-from lifelong_moe.data.text.limits import Portion, Quota
 from lifelong_moe.data.text.streams import OpenFile
 from lifelong_moe.errors import CorruptError
 from lifelong_moe.storage.directories import new_directory
@@ -241,4 +241,4 @@ def _write(work: Path, batch: str, documents: Sequence[Document], files: Sequenc
 
 def _rows(documents: Sequence[Document]) -> bytes:
     """The file of documents: a JSON object each, in order of their hash."""
-    return document_rows(sorted(documents, key=lambda document: document.hash))
+    return b"".join(document_rows(sorted(documents, key=lambda document: document.hash)))

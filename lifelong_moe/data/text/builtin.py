@@ -16,8 +16,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
+from lifelong_moe.data.formats.extraction import header_code, module_prose, pieces, topics, without_docstrings
 from lifelong_moe.data.text.documents import Document
-from lifelong_moe.data.text.extraction import header_code, module_prose, pieces, topics, without_docstrings
 from lifelong_moe.data.text.kept import document_rows, read_rows
 from lifelong_moe.errors import CorruptError, DataError
 from lifelong_moe.storage.files import write_atomic
@@ -57,8 +57,7 @@ def builtin_documents(kind: str, cache: Path) -> list[Document]:
     Raises:
         DataError: The installation lacks what the distribution is made of.
     """
-    versions = {"python": platform.python_version(), "extraction": str(EXTRACTION_VERSION), **_versions(kind)}
-    path = cache / "builtin" / f"{kind}-{content_key(versions)[:SHORT]}.jsonl"
+    path = builtin_path(kind, cache)
     documents = _read_cache(path)
     if documents is None:
         documents = list(_EXTRACT[kind]())
@@ -66,6 +65,12 @@ def builtin_documents(kind: str, cache: Path) -> list[Document]:
             raise DataError(f"builtin={kind}: this installation of Python and torch carries no such text.")
         _write_cache(path, documents)
     return documents
+
+
+def builtin_path(kind: str, cache: Path) -> Path:
+    """Where the cache keeps a builtin distribution of this installation."""
+    versions = {"python": platform.python_version(), "extraction": str(EXTRACTION_VERSION), **_versions(kind)}
+    return cache / "builtin" / f"{kind}-{content_key(versions)[:SHORT]}.jsonl"
 
 
 def english_docs() -> Iterator[Document]:
@@ -182,7 +187,7 @@ class _Head:
 
 
 def _write_cache(path: Path, documents: list[Document]) -> None:
-    body = document_rows(documents)
+    body = b"".join(document_rows(documents))
     head = canonical_json({"sha256": hashlib.sha256(body).hexdigest()}).encode("ascii") + b"\n"
     write_atomic(path, head + body)
 

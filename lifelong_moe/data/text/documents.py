@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import unicodedata
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 from lifelong_moe.config.data import SourceConfig
@@ -49,26 +49,34 @@ class Corpus:
     """A distribution's documents. Both lists are in order of document hash, which is also their shuffle."""
 
     name: str
-    train: list[Document]
-    heldout: list[Document]
+    train: Sequence[Document]
+    heldout: Sequence[Document]
     train_hash: str
     """SHA-256 over the sorted document hashes: file names and their order do not count."""
     heldout_hash: str
     duplicates: int = 0
     """Documents left out because they repeat others."""
-    near_copies: list[Document] = field(default_factory=list)
+    near_copies: Sequence[Document] = field(default_factory=list)
     """Left out of ``train`` because they are near copies of held-out text, of this or another distribution."""
     mode: int = SHARED
     """Permissions of files that are made of this text: as private as each of those it came from."""
     files: tuple[FileOutcome, ...] = field(default=(), compare=False)
     """What became of each file that was read for it; see :func:`lifelong_moe.data.text.files.settled`."""
+    identity: str = field(default="", compare=False)
+    """Of all that it was made of: its configuration and the hashes of its files. Empty if that is not known."""
+    before_near_copies: str = field(default="", compare=False)
+    """Hash of the training text before near copies were left out; empty where none were."""
     beyond: frozenset[str] = field(default=frozenset(), compare=False)
     """Origins of documents that ``max_bytes`` left out."""
+    remember: Callable[[], None] | None = field(default=None, compare=False, repr=False)
+    """Lets a later start read nothing of it; called once no mistake is found, for it writes. None: nothing new."""
 
     @property
     def split_hash(self) -> str:
         """Of the training text with its near copies: how documents were split, whatever else a run holds out."""
-        return documents_hash([*self.train, *self.near_copies]) if self.near_copies else self.train_hash
+        if self.before_near_copies or not self.near_copies:
+            return self.before_near_copies or self.train_hash
+        return documents_hash([*self.train, *self.near_copies])
 
 
 def documents_hash(documents: Iterable[Document]) -> str:

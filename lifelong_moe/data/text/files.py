@@ -12,20 +12,21 @@ import glob
 import itertools
 import os
 import stat
-from collections.abc import Callable, Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from lifelong_moe.config.data import SourceConfig, patterns
+from lifelong_moe.data.formats.compression import COMPRESSED
 from lifelong_moe.data.formats.encodings import UTF8, declared_by, decoded
 from lifelong_moe.data.formats.html import text_of_html
+from lifelong_moe.data.formats.limits import MAX_HTML_BYTES, MAX_SOURCE_FILES, MAX_TEXT_FILE_BYTES, Quota
 from lifelong_moe.data.formats.outcomes import FileOutcome, LeftOutError, Outcome, sentence
-from lifelong_moe.data.text.compression import COMPRESSED
 from lifelong_moe.data.text.documents import Corpus, Document
 from lifelong_moe.data.text.jsonl import own_unit, read_jsonl
-from lifelong_moe.data.text.limits import MAX_HTML_BYTES, MAX_SOURCE_FILES, MAX_TEXT_FILE_BYTES, Quota
+from lifelong_moe.data.text.manifest import SeenFile, seen_file, seen_unread, settled_state
 from lifelong_moe.data.text.parquet import read_parquet
 from lifelong_moe.data.text.streams import OpenFile, check_text, open_file, read_bytes, refuse_pickled
 from lifelong_moe.errors import DataError
@@ -53,47 +54,78 @@ def read_documents(named: Any, config: SourceConfig) -> list[Document]:
 
 
 def read_files(named: Any, config: SourceConfig) -> tuple[list[Document], list[FileOutcome]]:
-    """Read all documents of the files that match, and tell what became of each file.
+    """All documents of the files that match, and what became of each file; see :class:`FilesReading`."""
+    reading = FilesReading(named, config)
+    return list(reading), reading.outcomes
+
+
+class FilesReading(Iterable[Document]):
+    """The documents of the files that match, read one after the other; afterwards, what became of each file.
 
     Args:
         named: Paths or globs, as of ``files``, relative to the current directory; ``**`` crosses folders.
         config: ``text_field``, ``source_field``, ``encoding`` and ``min_chars``.
 
     Raises:
-        DataError: Nothing matches, nothing that matches gives a document, a file that is named by itself is no text,
-            or ``file:line: reason``.
+        DataError: Nothing matches. While reading: nothing that matches gives a document, a file that is named by itself
+            is no text, or ``file:line: reason``.
     """
-    alone = {Path(one) for one in map(expanded, patterns(named)) if os.path.lexists(one)}
-    paths = matching_files(named)
-    outcomes = _passed_over(paths, alone)
-    passed = {file.file for file in outcomes}
-    # Every file's kind is checked before the first is read, which may take minutes.
-    readers = [(path, _reader_or_none(path, is_alone=path in alone)) for path in paths if str(path) not in passed]
-    # One quota for all of them: many small files are as much as a large one.
-    documents: list[Document] = []
-    quota = Quota()
-    for path, reader in readers:
+
+    def __init__(self, named: Any, config: SourceConfig) -> None:
+        self._named, self._config = named, config
+        self._alone = {Path(one) for one in map(expanded, patterns(named)) if os.path.lexists(one)}
+        self.paths = matching_files(named)
+        self._outcomes = _passed_over(self.paths, self._alone)
+        self.seen: dict[str, SeenFile] = {
+            file.file: seen_unread(Path(file.file), is_whole=True) for file in self._outcomes
+        }
+        """The files as they were when they were read."""
+        # Every file's kind is checked before the first is read, which may take minutes.
+        self._readers = [
+            (path, _reader_or_none(path, is_alone=path in self._alone))
+            for path in self.paths
+            if str(path) not in self.seen
+        ]
+
+    @property
+    def outcomes(self) -> list[FileOutcome]:
+        """What became of each file, in order of name."""
+        return sorted(self._outcomes, key=lambda file: Path(file.file))
+
+    def __iter__(self) -> Iterator[Document]:
+        # One quota for all of them: many small files are as much as a large one.
+        quota, number = Quota(), 0
+        for path, reader in self._readers:
+            for document in self._documents(path, reader, quota):
+                number += 1
+                yield document
+        if not number:
+            raise DataError(
+                f"files={', '.join(patterns(self._named))}: there are no documents in its {len(self.paths)} file(s). "
+                f"{sentence(self._outcomes)}."
+            )
+
+    def _documents(self, path: Path, reader: Reader | None, quota: Quota) -> Iterator[Document]:
         if reader is None:
-            outcomes.append(FileOutcome(str(path), Outcome.unknown))
-            continue
-        try:
-            with open_file(path, quota) as file:
-                found = list(reader(file, config))
-        except LeftOutError as error:
-            if path in alone:
-                raise
-            outcomes.append(FileOutcome(str(path), error.outcome, note=str(error)))
-            continue
-        long = [document for document in found if len(document.text.strip()) >= config.min_chars]
-        documents += long
-        outcome = Outcome.used if long else Outcome.too_short if found else Outcome.empty
-        outcomes.append(FileOutcome(str(path), outcome, len(long), "; ".join(file.notes)))
-    if not documents:
-        raise DataError(
-            f"files={', '.join(patterns(named))}: there are no documents in its {len(paths)} file(s). "
-            f"{sentence(outcomes)}."
-        )
-    return documents, sorted(outcomes, key=lambda file: Path(file.file))
+            self.seen[str(path)] = seen_unread(path, is_whole=False)
+            self._outcomes.append(FileOutcome(str(path), Outcome.unknown))
+            return
+        found = long = 0
+        with open_file(path, quota) as file:
+            before = settled_state(file.data)
+            try:
+                for document in reader(file, self._config):
+                    found += 1
+                    if len(document.text.strip()) >= self._config.min_chars:
+                        long += 1
+                        yield document
+                outcome, note = Outcome.used if long else Outcome.too_short if found else Outcome.empty, ""
+            except LeftOutError as error:
+                if path in self._alone:
+                    raise
+                outcome, note = error.outcome, str(error)
+            self.seen[str(path)] = seen_file(file.data, before)
+        self._outcomes.append(FileOutcome(str(path), outcome, long, note or "; ".join(file.notes)))
 
 
 def _passed_over(paths: Sequence[Path], alone: Set[Path]) -> list[FileOutcome]:
@@ -189,14 +221,10 @@ def _exists(pattern: str) -> bool:
     return False
 
 
-def mode_of(named: Any) -> int:
-    """Permissions of copies of text of the files that match: as private as each of them.
-
-    Raises:
-        DataError: Nothing matches.
-    """
+def mode_of(paths: Iterable[Path]) -> int:
+    """Permissions of copies of text of files: as private as each of them."""
     mode = SHARED
-    for path in matching_files(named):
+    for path in paths:
         # A file that has gone meanwhile is no one's text; whoever reads it says so.
         with suppress(OSError):
             mode &= as_private_as(path.stat().st_mode)

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from lifelong_moe.config.data import SourceConfig
+from lifelong_moe.data.formats.limits import DOCUMENT_BYTES, MAX_LINE_BYTES, Portion, Quota
 from lifelong_moe.data.text.documents import Document
 from lifelong_moe.data.text.jsonl import document_from
-from lifelong_moe.data.text.limits import DOCUMENT_BYTES, MAX_LINE_BYTES, Portion, Quota
 from lifelong_moe.errors import DataError, ResourceError, TryAgainError, disk_is_full
 from lifelong_moe.redaction import shortened
 

@@ -22,11 +22,11 @@ from pathlib import Path
 from typing import Any, cast
 
 from lifelong_moe.config.data import SourceConfig
+from lifelong_moe.data.formats.limits import MAX_INBOX_BYTES, MAX_INBOX_FILES, Portion, Quota
+from lifelong_moe.data.formats.strict_json import parse_object
 from lifelong_moe.data.text.documents import Document
 from lifelong_moe.data.text.files import reader_of
-from lifelong_moe.data.text.limits import MAX_INBOX_BYTES, MAX_INBOX_FILES, Portion, Quota
 from lifelong_moe.data.text.streams import OpenFile, decode, unpacked, unreadable
-from lifelong_moe.data.text.strict_json import parse_object
 from lifelong_moe.errors import DataError, one_line
 from lifelong_moe.storage.modes import SHARED, as_private_as
 from lifelong_moe.storage.opening import open_below, read_up_to

@@ -6,10 +6,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lifelong_moe.data.formats.limits import MAX_LINE_BYTES
+from lifelong_moe.data.formats.strict_json import parse_object
 from lifelong_moe.data.text.documents import Document
-from lifelong_moe.data.text.limits import MAX_LINE_BYTES
 from lifelong_moe.data.text.streams import OpenFile, check_text, decode, unpacked
-from lifelong_moe.data.text.strict_json import parse_object
 from lifelong_moe.errors import DataError
 from lifelong_moe.storage.keys import text_sha256
 
@@ -17,7 +17,7 @@ SEPARATOR = "\x1e"
 """Stands between prompt and answer: the record separator, a byte that every byte-level tokenizer has."""
 
 if TYPE_CHECKING:
-    from lifelong_moe.data.text.compression import ByteStream
+    from lifelong_moe.data.formats.compression import ByteStream
 
 
 def read_jsonl(

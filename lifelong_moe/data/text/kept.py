@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from io import BufferedReader
 from pathlib import Path
 
+from lifelong_moe.data.formats.limits import MAX_TEXT_FILE_BYTES
 from lifelong_moe.data.text.documents import Document
-from lifelong_moe.data.text.limits import MAX_TEXT_FILE_BYTES
 from lifelong_moe.errors import CorruptError
 from lifelong_moe.storage.keys import canonical_json
 from lifelong_moe.storage.plain import from_plain
@@ -18,10 +18,18 @@ _MOST_LINE_BYTES = 7 * MAX_TEXT_FILE_BYTES
 """Longest line: JSON writes a control character in six bytes. A sparse file is one line, however long it says it is."""
 
 
-def document_rows(documents: Iterable[Document]) -> bytes:
-    """Return a line of JSON for each document, in the order given."""
-    rows = (canonical_json({"text": document.text, "source": document.source}) for document in documents)
-    return "".join(f"{row}\n" for row in rows).encode("utf-8")
+def document_rows(documents: Iterable[Document]) -> Iterator[bytes]:
+    """Yield a line of JSON for each document, in the order given."""
+    for document in documents:
+        yield f"{canonical_json({'text': document.text, 'source': document.source})}\n".encode()
+
+
+def rows_sha256(documents: Iterable[Document]) -> str:
+    """SHA-256 of all lines of :func:`document_rows`."""
+    digest = hashlib.sha256()
+    for row in document_rows(documents):
+        digest.update(row)
+    return digest.hexdigest()
 
 
 def read_rows(file: BufferedReader, path: Path, digest: str) -> list[Document]:

@@ -174,7 +174,13 @@ def without_near_copies(
         kept, left = (
             [d for d, is_copy in zip(train, copies, strict=True) if is_copy == side] for side in (False, True)
         )
-        found[name] = replace(corpus, train=kept, train_hash=documents_hash(kept), near_copies=left)
+        found[name] = replace(
+            corpus,
+            train=kept,
+            train_hash=documents_hash(kept),
+            near_copies=left,
+            before_near_copies=corpus.split_hash,
+        )
     return found
 
 

@@ -2,14 +2,28 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
 from lifelong_moe.config.data import HUB_ID, SourceConfig, patterns
 from lifelong_moe.data.text.documents import Corpus, Document, build_corpus, heldout_part
+from lifelong_moe.data.text.kept import rows_sha256
+from lifelong_moe.data.text.known import KnownDocuments, Summary, summary_of
+from lifelong_moe.data.text.manifest import (
+    PartSummary,
+    SeenFile,
+    SplitManifest,
+    seen_file,
+    settled_state,
+    split_identity,
+    split_manifest,
+    write_split,
+)
 from lifelong_moe.errors import DataError
-from lifelong_moe.storage.modes import SHARED
+from lifelong_moe.storage.opening import open_regular
 
 
 def read_corpus(name: str, config: SourceConfig, cache: Path, within: Sequence[Path] | None = None) -> Corpus:
@@ -30,21 +44,85 @@ def read_corpus(name: str, config: SourceConfig, cache: Path, within: Sequence[P
     """
     if within is not None:
         _require_within(config, within)
+    if config.hf is not None:
+        from lifelong_moe.data.text.hub import hub_documents
+
+        return build_corpus(name, hub_documents(config, asks=within is None), config)
+    known, mode = split_manifest(config, _paths(config, cache), cache)
+    if known is None:
+        return _read(name, config, cache)
+
+    @functools.cache
+    def again() -> Corpus:
+        found = _read(name, config, cache)
+        # Tokens and near copies are known of the text that the manifest says.
+        if (found.train_hash, found.heldout_hash) != (known.train.hash, known.heldout.hash):
+            raise DataError("a file has changed since this command began; start it again.")
+        return found
+
+    train, heldout = (Summary(part.documents, part.bytes) for part in (known.train, known.heldout))
+    return Corpus(
+        name,
+        KnownDocuments(train, lambda: again().train),
+        KnownDocuments(replace(heldout, rows=known.heldout_rows), lambda: again().heldout),
+        known.train.hash,
+        known.heldout.hash,
+        known.duplicates,
+        mode=mode,
+        files=known.outcomes,
+        identity=split_identity(config, known),
+    )
+
+
+def _paths(config: SourceConfig, cache: Path) -> list[Path]:
+    """All files that a distribution leads to."""
     if config.builtin is not None:
-        from lifelong_moe.data.text.builtin import builtin_documents
+        from lifelong_moe.data.text.builtin import builtin_path
 
-        return build_corpus(name, builtin_documents(config.builtin, cache), config)
-    if config.files is not None:
-        from lifelong_moe.data.text.files import mode_of, read_files
+        return [builtin_path(config.builtin, cache)]
+    from lifelong_moe.data.text.files import matching_files
 
-        heldout, theirs = (None, []) if config.heldout_files is None else read_files(config.heldout_files, config)
-        documents, files = read_files(config.files, config)
-        corpus = build_corpus(name, documents, config, heldout)
-        mode = mode_of(config.files) & (mode_of(config.heldout_files) if config.heldout_files is not None else SHARED)
-        return replace(corpus, mode=mode, files=(*files, *theirs))
-    from lifelong_moe.data.text.hub import hub_documents
+    named = [one for one in (config.files, config.heldout_files) if one is not None]
+    return sorted({path for one in named for path in matching_files(one)})
 
-    return build_corpus(name, hub_documents(config, asks=within is None), config)
+
+def _read(name: str, config: SourceConfig, cache: Path) -> Corpus:
+    """Read and split a distribution's files."""
+    seen: dict[str, SeenFile] = {}
+    if config.builtin is not None:
+        from lifelong_moe.data.text.builtin import builtin_documents, builtin_path
+
+        corpus = build_corpus(name, builtin_documents(config.builtin, cache), config)
+        path = builtin_path(config.builtin, cache)
+        # The text of packages is kept in a file of the cache, unless that cannot be written.
+        with suppress(OSError), open_regular(path, follow=False) as file:
+            seen[str(path)] = seen_file(file, settled_state(file))
+    else:
+        from lifelong_moe.data.text.files import FilesReading, mode_of, settled
+
+        heldout = None if config.heldout_files is None else FilesReading(config.heldout_files, config)
+        held = None if heldout is None else list(heldout)
+        reading = FilesReading(config.files, config)
+        corpus = build_corpus(name, list(reading), config, held)
+        both = [reading] if heldout is None else [reading, heldout]
+        files = tuple(file for one in both for file in one.outcomes)
+        corpus = replace(corpus, mode=mode_of(path for one in both for path in one.paths), files=files)
+        corpus = replace(corpus, files=settled(corpus))
+        seen = {path: file for one in both for path, file in one.seen.items()}
+    if not seen:
+        return corpus
+    found = _manifest(corpus, seen)
+    remember = functools.partial(write_split, config, found, cache, corpus.mode)
+    return replace(corpus, identity=split_identity(config, found), remember=remember)
+
+
+def _manifest(corpus: Corpus, seen: dict[str, SeenFile]) -> SplitManifest:
+    train, heldout = (
+        PartSummary(digest, len(part), summary_of(part).bytes)
+        for digest, part in ((corpus.train_hash, corpus.train), (corpus.heldout_hash, corpus.heldout))
+    )
+    rows = rows_sha256(corpus.heldout)
+    return SplitManifest(seen, corpus.files, train, heldout, rows, corpus.duplicates)
 
 
 def heldout_documents(config: SourceConfig, within: Sequence[Path] | None = None) -> list[Document] | None:

@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lifelong_moe.data.text.compression import COMPRESSED, unpack
-from lifelong_moe.data.text.limits import Portion, Quota
+from lifelong_moe.data.formats.compression import COMPRESSED, unpack
+from lifelong_moe.data.formats.limits import Portion, Quota
 from lifelong_moe.errors import DataError
 from lifelong_moe.storage.modes import SHARED, as_private_as
 from lifelong_moe.storage.opening import open_regular
@@ -20,7 +20,7 @@ _NEVER_LOADED = (".pkl", ".pickle", ".pt", ".pth", ".bin", ".ckpt", ".npy", ".np
 _UTF8_BOM = b"\xef\xbb\xbf"
 
 if TYPE_CHECKING:
-    from lifelong_moe.data.text.compression import ByteStream
+    from lifelong_moe.data.formats.compression import ByteStream
 
 
 @dataclass(frozen=True)

@@ -57,8 +57,10 @@ def with_answers(corpus: Corpus, tokenized: TokenizedCorpus, tokenizer: Tokenize
 def with_heldout_answers(documents: Sequence[Document], shard: TokenShard, tokenizer: Tokenizer) -> TokenShard:
     """One part of a corpus, of which only answers count; pairs that fit into a block, as they did before."""
     # Bits per byte divide by the bytes of what is scored; those of the prompt would make them look low.
-    answers = [len(document.text.partition(SEPARATOR)[2].encode()) for document in documents]
-    return replace(shard, separator=separator_id(tokenizer), text_bytes=np.array(answers, dtype=np.int64))
+    answers = shard.answer_bytes
+    if answers is None:  # of an earlier version, which did not keep them
+        answers = np.array([len(document.text.partition(SEPARATOR)[2].encode()) for document in documents], np.int64)
+    return replace(shard, separator=separator_id(tokenizer), text_bytes=answers, answer_bytes=None)
 
 
 def precedes_answer(tokens_N: NDArray[np.integer], offsets: NDArray[np.int64], separator: int) -> NDArray[np.bool_]:

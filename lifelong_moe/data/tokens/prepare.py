@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import partial, reduce
 from itertools import pairwise
+from operator import and_
 from pathlib import Path
 
 from lifelong_moe.config.data import SourceConfig, TokenizerConfig
 from lifelong_moe.data.formats.outcomes import FileOutcome
 from lifelong_moe.data.text.documents import Corpus, Document, documents_hash, normalized_hash
 from lifelong_moe.data.text.files import settled
+from lifelong_moe.data.text.kept import rows_sha256
+from lifelong_moe.data.text.known import KnownDocuments, Summary, hashes_of, summary_of
+from lifelong_moe.data.text.manifest import LeftManifest, PartSummary, left_manifest, write_left
 from lifelong_moe.data.text.near_copies import without_near_copies
 from lifelong_moe.data.text.sources import heldout_documents, lies_within, read_corpus
 from lifelong_moe.data.tokens.identity import AddedTokens, AddedVocabulary, DataIdentity, TokenizerIdentity
@@ -41,12 +45,14 @@ class Texts:
 
     corpora: dict[str, Corpus]
     """Those that are there, training text without near copies of held-out text."""
-    heldout: dict[str, list[Document]]
+    heldout: dict[str, Sequence[Document]]
     """Held-out documents, in order of hash: of those that are there, and of the others if they were kept."""
     gone: dict[str, LifelongError]
     """Why text is not there."""
+    remember: Callable[[], None] = lambda: None
+    """Lets a later start read nothing of it; to be called once no mistake is found, for it writes to the cache."""
 
-    def at_hand(self, name: str) -> list[Document]:
+    def at_hand(self, name: str) -> Sequence[Document]:
         """Training documents; held-out ones where text is gone."""
         return self.corpora[name].train if name in self.corpora else self.heldout[name]
 
@@ -68,7 +74,7 @@ class PreparedData:
     """What every distribution's text is or was."""
     heldout: dict[str, TokenShard]
     """What can be measured on: held-out text that is there or was kept."""
-    heldout_documents: dict[str, list[Document]]
+    heldout_documents: Mapping[str, Sequence[Document]]
     """The same as text."""
     gone: dict[str, LifelongError]
     """Why the other distributions' text is not there."""
@@ -152,6 +158,7 @@ def prepare_data(
         check(given)
     # The tokenizer is fixed for good, so it must not depend on what any distribution will ever hold out.
     made = given or trained_tokenizer(tokenizer, splits[trained[0]], cache, check)
+    texts.remember()
     tokens = {name: tokenize_corpus(corpus, made, cache) for name, corpus in texts.corpora.items()}
     records = {
         name: TextRecord.of(texts.corpora[name], tokens[name]) if name in tokens else remembered.records[name]
@@ -168,7 +175,7 @@ def prepare_data(
     _mark_answers(answers, texts, tokens, heldout, made, context)
     modes = {name: corpus.mode for name, corpus in texts.corpora.items()}
     data = PreparedData(made, recipe(tokenizer), tokens, records, heldout, texts.heldout, texts.gone, modes)
-    data = replace(data, files={name: settled(corpus) for name, corpus in texts.corpora.items() if corpus.files})
+    data = replace(data, files={name: corpus.files for name, corpus in texts.corpora.items() if corpus.files})
     if vocabulary is None:
         return data
     of_stages = [splits[name] if name in splits else texts.gone[name] for name in trained]
@@ -198,7 +205,9 @@ def read_texts(
     sources: Mapping[str, SourceConfig], trained: list[str], cache: Path, remembered: Remembered | None = None
 ) -> Texts:
     """Read the documents of every distribution; arguments and errors as for :func:`prepare_data`."""
-    return _read_all(sources, trained, cache, remembered or Remembered())[0]
+    texts = _read_all(sources, trained, cache, remembered or Remembered())[0]
+    texts.remember()
+    return texts
 
 
 def _read_all(
@@ -219,15 +228,66 @@ def _read_all(
             gone[name] = told
     kept = {name: found for name in gone if (found := _kept(name, sources[name], remembered)) is not None}
     there = {name: splits[name] for name in sources if name in splits}
-    known = {name: corpus.heldout for name, corpus in there.items()} | kept
+    known: dict[str, Sequence[Document]] = {name: corpus.heldout for name, corpus in there.items()}
+    known |= kept
     heldout = {name: known[name] for name in sources if name in known}
-    # Before near copies are dropped: an equal document in two places is a mistake, a near copy is not.
-    _require_disjoint(heldout, {name: splits[name] for name in trained if name in splits})
-    there = without_near_copies(there, kept)
+    there, left = _left(there, kept, heldout, {name: splits[name] for name in trained if name in splits}, cache)
     # Near copies of held-out text that is no longer known stay left out.
     if len(heldout) < len(sources):
         there = {name: _as_before(corpus, remembered.records.get(name)) for name, corpus in there.items()}
-    return Texts(there, heldout, gone), splits
+
+    def remember() -> None:
+        for one in (*(corpus.remember for corpus in splits.values()), left):
+            if one is not None:
+                one()
+
+    return Texts(there, heldout, gone, remember), splits
+
+
+def _left(
+    there: Mapping[str, Corpus],
+    kept: Mapping[str, Sequence[Document]],
+    heldout: Mapping[str, Sequence[Document]],
+    trained: Mapping[str, Corpus],
+    cache: Path,
+) -> tuple[dict[str, Corpus], Callable[[], None] | None]:
+    """Distributions without near copies of held-out text, and what remembers them; once it has, nothing is read."""
+    made_of = {name: corpus.identity for name, corpus in there.items()}
+    rows = {name: summary_of(documents).rows or rows_sha256(documents) for name, documents in kept.items()}
+    asked = {"near_copies": made_of, "kept": rows, "trained": sorted(trained)}
+    known = left_manifest(asked, cache) if all(made_of.values()) else None
+    if known is not None and known.keys() == there.keys():
+        return {name: _as_left(corpus, known[name]) for name, corpus in there.items()}, None
+    # Before near copies are dropped: an equal document in two places is a mistake, a near copy is not.
+    _require_disjoint(heldout, trained)
+    left = without_near_copies(there, kept)
+    left = {name: replace(corpus, files=settled(corpus)) for name, corpus in left.items()}
+    if not left or not all(made_of.values()):
+        return left, None
+    found = {name: _manifest(one) for name, one in left.items()}
+    return left, partial(write_left, asked, found, cache, reduce(and_, (one.mode for one in left.values())))
+
+
+def _manifest(corpus: Corpus) -> LeftManifest:
+    part = PartSummary(corpus.train_hash, len(corpus.train), summary_of(corpus.train).bytes)
+    return LeftManifest(part, hashes_of(corpus.near_copies), corpus.files)
+
+
+def _as_left(corpus: Corpus, known: LeftManifest) -> Corpus:
+    """A corpus without the near copies that it is known to have, whose text is read when it is needed."""
+    copies = frozenset(known.near_copies)
+
+    def side(*, is_copy: bool) -> list[Document]:
+        return [document for document in corpus.train if (document.hash in copies) == is_copy]
+
+    return replace(
+        corpus,
+        train=KnownDocuments(Summary(known.train.documents, known.train.bytes), lambda: side(is_copy=False)),
+        train_hash=known.train.hash,
+        near_copies=KnownDocuments(Summary(len(copies), 0, known.near_copies), lambda: side(is_copy=True)),
+        before_near_copies=corpus.split_hash,
+        files=known.outcomes,
+    )
 
 
 def _of_distribution(name: str, error: LifelongError) -> LifelongError:
@@ -279,10 +339,14 @@ def _as_before(corpus: Corpus, record: TextRecord | None) -> Corpus:
     if record is None or record.split_hash != corpus.split_hash:
         return corpus
     known = set(record.left_out)
+    if known <= {digest[:DIGITS] for digest in hashes_of(corpus.near_copies)}:
+        return corpus
     train = [document for document in corpus.train if document.hash[:DIGITS] not in known]
     left_out = [document for document in corpus.train if document.hash[:DIGITS] in known]
     near_copies = [*corpus.near_copies, *left_out]
-    return replace(corpus, train=train, train_hash=documents_hash(train), near_copies=near_copies)
+    before = corpus.split_hash
+    corpus = replace(corpus, train=train, train_hash=documents_hash(train), near_copies=near_copies)
+    return replace(corpus, before_near_copies=before, files=settled(corpus))
 
 
 def _given_tokenizer(config: TokenizerConfig, remembered: Remembered) -> Tokenizer | None:
@@ -306,7 +370,7 @@ def _stored_tokenizer(remembered: Remembered, error: LifelongError) -> Tokenizer
     return begun
 
 
-def _require_disjoint(heldout: Mapping[str, list[Document]], trained: Mapping[str, Corpus]) -> None:
+def _require_disjoint(heldout: Mapping[str, Sequence[Document]], trained: Mapping[str, Corpus]) -> None:
     """Training text of one distribution must not be held out in another."""
     held_out = {normalized_hash(d.text): name for name, documents in heldout.items() for d in documents}
     for name, corpus in trained.items():
@@ -325,7 +389,7 @@ def _require_blocks(corpora: Mapping[str, Corpus], context: int, tokenizer: Toke
     """
     for name, corpus in corpora.items():
         # A lower bound without tokenizing: a token stands for at most `longest_token_bytes` bytes.
-        if sum(document.num_bytes for document in corpus.train) > context * tokenizer.longest_token_bytes:
+        if summary_of(corpus.train).bytes > context * tokenizer.longest_token_bytes:
             continue
         num_tokens = tokenize_documents(corpus.train, tokenizer).num_tokens
         if num_tokens < context:

@@ -6,18 +6,18 @@ could be measured on it, are kept apart, in ``heldout/<SHA-256 of the file>.json
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from lifelong_moe.data.text.documents import Corpus, Document
-from lifelong_moe.data.text.kept import document_rows, read_rows
+from lifelong_moe.data.text.kept import document_rows, read_rows, rows_sha256
+from lifelong_moe.data.text.known import hashes_of, summary_of
 from lifelong_moe.data.tokens.shards import TokenizedCorpus
 from lifelong_moe.data.tokens.tokenizer import Tokenizer
 from lifelong_moe.errors import CorruptError
-from lifelong_moe.storage.files import write_atomic
+from lifelong_moe.storage.files import new_file
 from lifelong_moe.storage.grammars import Prefix, Sha256
 from lifelong_moe.storage.keys import file_sha256
 from lifelong_moe.storage.modes import SHARED
@@ -60,7 +60,7 @@ class TextRecord:
             heldout_documents=tokens.heldout.num_documents,
             heldout_tokens=tokens.heldout.num_tokens,
             duplicates=corpus.duplicates,
-            left_out=tuple(document.hash[:DIGITS] for document in corpus.near_copies),
+            left_out=tuple(digest[:DIGITS] for digest in hashes_of(corpus.near_copies)),
         )
 
 
@@ -76,15 +76,15 @@ class HeldoutStore:
 
     def add(self, documents: Sequence[Document], mode: int = SHARED) -> str:
         """Keep documents, in the order given, in a file of permissions ``mode``; returns their address."""
-        data = document_rows(documents)
         # Named by content, so runs with the same held-out text share one file, and damage shows.
-        path = self.path(address := hashlib.sha256(data).hexdigest())
+        path = self.path(address := summary_of(documents).rows or rows_sha256(documents))
         # A damaged file is written again.
         if path.is_file() and file_sha256(path) == address:
             # Restarts the grace period of garbage collection: no run may refer to the file yet.
             os.utime(path)
         else:
-            write_atomic(path, data, mode)
+            with new_file(path, mode) as work, work.open("wb") as file:
+                file.writelines(document_rows(documents))
         return address
 
     def documents(self, address: str) -> list[Document]:

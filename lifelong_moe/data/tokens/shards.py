@@ -10,6 +10,7 @@ import bisect
 import hashlib
 import itertools
 import os
+from array import array
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
@@ -20,16 +21,22 @@ from typing import Any, overload
 import numpy as np
 
 from lifelong_moe.data.text.documents import Corpus, Document
+from lifelong_moe.data.text.jsonl import SEPARATOR
 from lifelong_moe.data.tokens.tokenizer import Tokenizer
 from lifelong_moe.errors import CorruptError
 from lifelong_moe.storage.directories import new_directory, remove_directory
 from lifelong_moe.storage.keys import SHORT, canonical_json, file_sha256
 from lifelong_moe.storage.opening import open_regular
+from lifelong_moe.storage.remembered import Remembered, Seen, state_of
 from lifelong_moe.storage.stored import read_json
 
 # Part of each manifest: a part of another version is made again instead of read wrongly.
 FORMAT_VERSION = 1
 _FILES = ("tokens.bin", "offsets.bin", "text_bytes.bin")
+_ANSWERS = "answer_bytes.bin"
+"""There too where a document has an answer."""
+_VERIFIED = "verified.json"
+"""Beside them, the notes on files that were hashed."""
 _BATCH_BYTES = 4 << 20
 """Text encoded at a time; bounds memory."""
 
@@ -46,6 +53,8 @@ class TokenShard:
     """UTF-8 bytes of each source text, int64 ``(num_documents,)``; of the answer alone where there is one."""
     separator: int | None = None
     """Token between prompt and answer, where only answers count."""
+    answer_bytes: np.ndarray | None = None
+    """UTF-8 bytes of each text after its separator, int64 ``(num_documents,)``; None if that is not known."""
 
     @property
     def num_tokens(self) -> int:
@@ -171,9 +180,11 @@ def _open(directory: Path, vocab_size: int) -> TokenShard | None:
     manifest = _read_manifest(directory)
     if manifest is None:
         return None
+    names = (*_FILES, _ANSWERS) if _ANSWERS in manifest["files"] else _FILES
+    notes = Remembered(directory / _VERIFIED)
     with ExitStack() as stack:
-        files = []
-        for name in _FILES:
+        files, are_known = [], True
+        for name in names:
             entry = manifest["files"][name]
             try:
                 # Opened once: what is hashed is what is mapped.
@@ -181,20 +192,30 @@ def _open(directory: Path, vocab_size: int) -> TokenShard | None:
             except OSError:
                 return None
             # Size before hash: a truncated file is rejected without reading gigabytes.
-            if os.fstat(file.fileno()).st_size != entry["size"] or _sha256(file) != entry["sha256"]:
+            seen = Seen(state_of(file), entry["sha256"])
+            if seen.state[2] != entry["size"]:
                 return None
+            if not notes.knows(name, seen):
+                if _sha256(file) != entry["sha256"]:
+                    return None
+                are_known = False
+                notes.note(name, seen)
             files.append(file)
-        tokens, offsets, text_bytes = files
+        tokens, offsets, text_bytes, *answers = files
         try:
             shard = TokenShard(
                 # Only tokens are mapped, which may exceed memory; the other arrays have one number per document.
                 tokens=np.memmap(tokens, dtype=manifest["dtype"], mode="r"),
                 offsets=np.fromfile(offsets, dtype="<i8"),
                 text_bytes=np.fromfile(text_bytes, dtype="<i8"),
+                answer_bytes=np.fromfile(answers[0], dtype="<i8") if answers else None,
             )
         except ValueError:  # no whole number of tokens, or none
             return None
-    return shard if _is_consistent(shard, vocab_size) else None
+    if not are_known and not _is_consistent(shard, vocab_size):
+        return None
+    notes.save()
+    return shard
 
 
 def _sha256(file: BufferedReader) -> str:
@@ -208,6 +229,8 @@ def _is_consistent(shard: TokenShard, vocab_size: int) -> bool:
     offsets = shard.offsets
     if len(offsets) != shard.num_documents + 1 or offsets[0] != 0 or offsets[-1] != shard.num_tokens:
         return False
+    if shard.answer_bytes is not None and len(shard.answer_bytes) != shard.num_documents:
+        return False
     return bool((np.diff(offsets) > 0).all()) and int(shard.tokens.max()) < vocab_size
 
 
@@ -217,7 +240,8 @@ def _read_manifest(directory: Path) -> dict[str, Any] | None:
         # The dtype is passed to NumPy, so only the two that are written are accepted.
         if manifest["version"] != FORMAT_VERSION or manifest["dtype"] not in ("<u2", "<u4"):
             return None
-        if any(set(manifest["files"][name]) != {"size", "sha256"} for name in _FILES):
+        files = manifest["files"]
+        if any(set(files[name]) != {"size", "sha256"} for name in (*_FILES, *({_ANSWERS} & files.keys()))):
             return None
     # Missing or damaged is the same: a cache is made again and never an error.
     except (OSError, CorruptError, KeyError, TypeError):
@@ -230,7 +254,8 @@ def _build(documents: Sequence[Document], directory: Path, tokenizer: Tokenizer,
         # Little-endian by name, so that a cache can be copied between machines.
         dtype = "<u2" if tokenizer.vocab_size <= 1 << 16 else "<u4"
         _write_arrays(documents, work, tokenizer, dtype)
-        files = {name: {"size": (work / name).stat().st_size, "sha256": file_sha256(work / name)} for name in _FILES}
+        names = sorted(path.name for path in work.iterdir())
+        files = {name: {"size": (work / name).stat().st_size, "sha256": file_sha256(work / name)} for name in names}
         manifest = canonical_json({"version": FORMAT_VERSION, "dtype": dtype, "files": files})
         (work / "manifest.json").write_text(manifest, encoding="utf-8")
         if directory.exists() and _open(directory, tokenizer.vocab_size) is None:
@@ -239,8 +264,8 @@ def _build(documents: Sequence[Document], directory: Path, tokenizer: Tokenizer,
 
 
 def _write_arrays(documents: Sequence[Document], work: Path, tokenizer: Tokenizer, dtype: str) -> None:
-    lengths: list[int] = []
-    text_bytes: list[int] = []
+    # A number takes eight bytes here, four times as much in a list.
+    lengths, text_bytes, answer_bytes = array("q"), array("q"), array("q")
     # Written batch by batch: the tokens of a large distribution need not fit into memory.
     with (work / "tokens.bin").open("wb") as stream:
         for batch in _batches(documents):
@@ -248,8 +273,11 @@ def _write_arrays(documents: Sequence[Document], work: Path, tokenizer: Tokenize
                 # Not `tofile`, whose errors give no reason, such as a full disk.
                 stream.write(np.array([tokenizer.bos_id, *ids], dtype=dtype).tobytes())
                 lengths.append(len(ids) + 1)
-            text_bytes += [document.num_bytes for document in batch]
-    (work / "offsets.bin").write_bytes(np.array([0, *itertools.accumulate(lengths)], dtype="<i8").tobytes())
+            text_bytes.extend(document.num_bytes for document in batch)
+            answer_bytes.extend(len(document.text.partition(SEPARATOR)[2].encode()) for document in batch)
+    if any(answer_bytes):
+        (work / _ANSWERS).write_bytes(np.array(answer_bytes, dtype="<i8").tobytes())
+    (work / "offsets.bin").write_bytes(np.concatenate([[0], np.cumsum(lengths)]).astype("<i8").tobytes())
     (work / "text_bytes.bin").write_bytes(np.array(text_bytes, dtype="<i8").tobytes())
 
 

@@ -68,7 +68,7 @@ def added_tokenizers(
 def read_later(
     added: Mapping[int, Tokenizer],
     trained: Sequence[str],
-    texts: Mapping[str, Corpus | list[Document]],
+    texts: Mapping[str, Corpus | Sequence[Document]],
     answers: Collection[str],
     context: int,
     cache: Path,

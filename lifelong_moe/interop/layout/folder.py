@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from lifelong_moe.config.model import ModelConfig
-from lifelong_moe.data.text.strict_json import parse_object
+from lifelong_moe.data.formats.strict_json import parse_object
 from lifelong_moe.errors import CheckpointError
 from lifelong_moe.interop.layout.families import Family, read_family
 from lifelong_moe.interop.layout.safetensors import Extent, read_header

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from lifelong_moe.data.text.strict_json import parse_object
+from lifelong_moe.data.formats.strict_json import parse_object
 from lifelong_moe.interop.layout.folder import CONFIG, GENERATION_CONFIG, TOKENIZER_CONFIG
 from lifelong_moe.storage.opening import read_bounded
 

@@ -13,7 +13,7 @@ from io import BufferedReader
 from pathlib import Path
 from typing import Any, Literal
 
-from lifelong_moe.data.text.strict_json import parse_object
+from lifelong_moe.data.formats.strict_json import parse_object
 from lifelong_moe.errors import CheckpointError
 from lifelong_moe.storage.plain import PlainError, from_plain
 

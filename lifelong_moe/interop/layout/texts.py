@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from lifelong_moe.data.text.strict_json import parse_object
+from lifelong_moe.data.formats.strict_json import parse_object
 from lifelong_moe.interop.layout.folder import GENERATION_CONFIG, TOKENIZER, TOKENIZER_CONFIG
 from lifelong_moe.storage.keys import canonical_json
 

@@ -8,9 +8,7 @@ from pathlib import Path
 import pytest
 
 from lifelong_moe.config.data import BUILTIN_SOURCES, SourceConfig
-from lifelong_moe.data.text import builtin
-from lifelong_moe.data.text.builtin import builtin_documents
-from lifelong_moe.data.text.extraction import (
+from lifelong_moe.data.formats.extraction import (
     MAX_PIECE_CHARS,
     MIN_PIECE_CHARS,
     header_code,
@@ -19,6 +17,8 @@ from lifelong_moe.data.text.extraction import (
     topics,
     without_docstrings,
 )
+from lifelong_moe.data.text import builtin
+from lifelong_moe.data.text.builtin import builtin_documents
 from lifelong_moe.data.text.sources import read_corpus
 from lifelong_moe.errors import DataError
 

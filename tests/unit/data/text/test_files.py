@@ -12,7 +12,7 @@ import pytest
 from pyarrow import parquet
 
 from lifelong_moe.config.data import SourceConfig
-from lifelong_moe.data.text import limits
+from lifelong_moe.data.formats import limits
 from lifelong_moe.data.text import parquet as parquets
 from lifelong_moe.data.text.files import matching_files, read_documents
 from lifelong_moe.data.text.hub import hub_documents

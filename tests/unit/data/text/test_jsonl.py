@@ -11,7 +11,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from lifelong_moe.data.text import limits
+from lifelong_moe.data.formats import limits
 from lifelong_moe.data.text.documents import Document
 from lifelong_moe.data.text.jsonl import read_jsonl
 from lifelong_moe.data.text.streams import open_file

@@ -8,7 +8,7 @@ import zlib
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
-from lifelong_moe.data.text.limits import ALLOWANCE_BYTES, Portion, Quota
+from lifelong_moe.data.formats.limits import ALLOWANCE_BYTES, Portion, Quota
 from lifelong_moe.errors import DataError
 
 COMPRESSED = {".gz": "gzip", ".zst": "zstd"}
