@@ -26,7 +26,7 @@ from torch.nn.utils.parametrize import ParametrizationList, is_parametrized
 
 from lifelong_moe.config.model import Activation, ExpertsImplementation
 from lifelong_moe.model.feedforward import feed_forward, input_matrix
-from lifelong_moe.ops.expert_mlp import Weights, grouped, slices
+from lifelong_moe.ops.expert_mlp import Weights, grouped, join, slices
 from lifelong_moe.ops.low_rank import Change, changed, low_rank
 
 
@@ -120,7 +120,9 @@ class LowRankExperts(ExpertGeneration):
     def begin(self, generator: torch.Generator | None) -> None:
         """Begin with changes of zero: one factor is zero, and the other random, so that the first gets a gradient."""
         for change in self.changes:
-            nn.init.normal_(change.a_EPI, std=change.a_EPI.shape[-1] ** -0.5, generator=generator)
+            # Drawn on the CPU, like all numbers of a seed: the same on every device.
+            drawn = torch.empty_like(change.a_EPI, device="cpu")
+            change.a_EPI.copy_(nn.init.normal_(drawn, std=change.a_EPI.shape[-1] ** -0.5, generator=generator))
             change.b_EOR.zero_()
 
     @torch.no_grad()
@@ -297,6 +299,21 @@ class ExpertBanks(nn.Module):
         if self.chosen(x) != ExpertsImplementation.grouped_mm or not (around := self._around()) or not around[0]:
             return 0
         return around[0][0].indices.start
+
+    def join(self) -> None:
+        """Move the generations' matrices side by side, as ``grouped_mm`` reads them, which else copies them each time.
+
+        Not for sharded parameters, whose memory belongs to whoever shards them.
+        """
+        device = next((one.device for one in self.parameters()), torch.device("cpu"))
+        chosen_on_cuda = self.implementation == ExpertsImplementation.auto and device.type == "cuda"
+        asked = chosen_on_cuda or self.implementation == ExpertsImplementation.grouped_mm
+        around, _ = self._around() or ([], 0)
+        matrices = [[getattr(one, one.tensors[i]) for one in around] for i in (0, 1)] if asked else []
+        sharded = any(hasattr(one, "placements") for each in matrices for one in each)
+        if around and not sharded and self._can_be_grouped(device):
+            for each in matrices:
+                join(each)
 
     def forward(self, rows_ND: Tensor, counts_E: Tensor) -> Tensor:
         """Each expert on its slice.

@@ -261,7 +261,7 @@ def grouped(
         rows_ND: Rows sorted by expert, ``(N, D)``. On CUDA in bfloat16; with other types the kernel waits for the host.
         counts_E: Rows of each expert, int64; they sum to N.
         ins: Of each generation the matrices into its experts ``(E, G, D)``, those that train first. Those of several
-            generations are moved into one buffer, once.
+            generations are copied unless they stand in one buffer (:func:`join`).
         outs: The matrices out of them ``(E, D, F)``.
         num_trained: How many generations train.
         activation: A name in ``NONLINEARITIES``.
@@ -279,16 +279,30 @@ def grouped(
 
 @torch.no_grad()
 def as_one_tensor(generations: Sequence[Tensor]) -> Tensor:
-    """Generations' matrices as one tensor ``(E, ...)`` without a copy: where they do not stand in one buffer, in this
-    order, they are moved there, and stay the same Parameters."""
+    """Generations' matrices as one tensor ``(E, ...)``: without a copy where they stand side by side in memory."""
+    first = generations[0]
+    if not are_joined(generations):
+        # Never moved here: whoever shards or gathers parameters would go on with the memory that they had.
+        return torch.cat([*generations])
+    return first.detach().as_strided((sum(len(one) for one in generations), *first.shape[1:]), first.stride())
+
+
+def are_joined(generations: Sequence[Tensor]) -> bool:
+    """Whether generations' matrices stand in one buffer, in this order."""
     first, at = generations[0], generations[0].data_ptr()
     for one in generations:
         # Neighbouring addresses alone prove nothing: two storages may lie side by side.
         if one.data_ptr() != at or one.untyped_storage().data_ptr() != first.untyped_storage().data_ptr():
-            sizes = [len(weights) for weights in generations]
-            for weights, rows in zip(generations, torch.cat([*generations]).split(sizes), strict=True):
-                # `.data`: optimizer and hooks keep the Parameter that they know.
-                weights.data = rows
-            break
+            return False
         at += one.numel() * one.element_size()
-    return first.detach().as_strided((sum(len(one) for one in generations), *first.shape[1:]), first.stride())
+    return True
+
+
+@torch.no_grad()
+def join(generations: Sequence[Tensor]) -> None:
+    """Move generations' matrices into one buffer, in this order; they stay the same Parameters."""
+    if not are_joined(generations):
+        sizes = [len(weights) for weights in generations]
+        for weights, rows in zip(generations, torch.cat([*generations]).split(sizes), strict=True):
+            # `.data`: optimizer and hooks keep the Parameter that they know.
+            weights.data = rows

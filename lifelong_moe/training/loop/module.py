@@ -102,12 +102,15 @@ class StageModule(LightningModule):
         self._own, self._teacher, self._anchor, self.teacher_cache = [], (None,), None, None
 
     def on_fit_start(self) -> None:
-        """Move the teacher and the anchor to the device."""
+        """Move the teacher and the anchor to the device, and the experts of each layer side by side."""
         # Lightning moves submodules only. Tensors that the teacher shares are there already, or offloaded.
         if self._teacher[0] is not None:
             self._teacher[0].to(self.device, self.model.embedding.weight.dtype)
         if self._anchor is not None:
             self._anchor = self._anchor.to(self.device)
+        for model in (self.model, *self._teacher):
+            for layer in () if model is None else model.moe_layers():
+                layer.banks.join()
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Restore the random state of an interrupted run before its next step."""
