@@ -99,7 +99,7 @@ def begin_rows(model: LanguageModel, pieces: Sequence[Sequence[int]]) -> None:
     # The head first: where it is tied to the embedding, the embedding's means are what remains.
     for rows, look_up in ((head, head_VD.__getitem__), (own, partial(model.embedding.look_up, newest))):
         for row, ids in zip(rows, pieces, strict=True):
-            row.copy_(look_up(torch.tensor(ids)).mean(dim=0))
+            row.copy_(look_up(torch.tensor(ids, device=row.device)).mean(dim=0))
 
 
 def _begin_deltas(model: LanguageModel, generator: torch.Generator) -> None:

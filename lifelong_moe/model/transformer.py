@@ -146,6 +146,8 @@ class LanguageModel(nn.Module):
             table.added.add_generation(number, generation.tokens, self.architecture.model.width)
         if self._is_tied and generation.tokens:
             self.head.added[str(number)] = self.embedding.added[str(number)]
+        # Modules are made on the CPU; a model that grows may be elsewhere.
+        self.to(self.embedding.weight.device)
 
     def delta_matrices(self) -> Iterator[DeltaLinear | DeltaEmbedding]:
         """The matrices of the trunk that may have deltas: embedding, attention, head."""

@@ -23,4 +23,8 @@ def fan_in_normal_(weight: Tensor, scale: float, generator: torch.Generator | No
         mesh_tensorflow/layers.py.
     """
     deviation = math.sqrt(scale / weight.shape[1])
-    nn.init.trunc_normal_(weight, std=deviation, a=-2 * deviation, b=2 * deviation, generator=generator)
+    # On the CPU, as all numbers of a seed: the same on every device.
+    drawn = torch.empty_like(weight, device="cpu")
+    nn.init.trunc_normal_(drawn, std=deviation, a=-2 * deviation, b=2 * deviation, generator=generator)
+    with torch.no_grad():
+        weight.copy_(drawn)

@@ -24,7 +24,7 @@ from lifelong_moe.evaluation.reading import read_windows
 from lifelong_moe.model.sampling import sample
 from lifelong_moe.serving.prompts import prompt_ids, require_label
 from lifelong_moe.store.stages import CommittedStage, StageStore
-from lifelong_moe.training.loop.device import configured_device
+from lifelong_moe.training.loop.device import on_configured_device
 from lifelong_moe.training.restore import load_model
 
 TOKENS_AT_ONCE = 8192
@@ -60,7 +60,8 @@ class StageModel:
             require_allowed(stage.architecture.routing.mode)
         self.stage = stage
         self._tokenizers = store.tokenizers(stage)
-        self.model = load_model(store, stage).requires_grad_(False).eval().to(configured_device(TrainerConfig()))
+        model = load_model(store, stage).requires_grad_(False).eval()
+        self.model = on_configured_device(model, TrainerConfig())
 
     def __repr__(self) -> str:
         architecture = self.stage.architecture

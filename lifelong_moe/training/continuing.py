@@ -9,6 +9,7 @@ import torch
 
 from lifelong_moe.config.routing.base import Bundles, Centroids, RoutingConfig
 from lifelong_moe.config.routing.shared import TextClusterConfig
+from lifelong_moe.config.training import TrainerConfig
 from lifelong_moe.data.tokens.shards import TokenizedCorpus
 from lifelong_moe.model.transformer import LanguageModel
 from lifelong_moe.store.stages import CommittedStage, StageStore
@@ -17,15 +18,20 @@ from lifelong_moe.training.restore import build_model
 
 
 def continued_model(
-    store: StageStore, parent: CommittedStage, routing: RoutingConfig, corpora: Mapping[str, TokenizedCorpus]
+    store: StageStore,
+    parent: CommittedStage,
+    routing: RoutingConfig,
+    corpora: Mapping[str, TokenizedCorpus],
+    trainer: TrainerConfig,
 ) -> LanguageModel:
-    """A committed stage's model with the routing of the stage that continues it.
+    """A committed stage's model with the routing of the stage that continues it, on the CPU.
 
     Args:
         store: Where the parent's tensors are.
         parent: The committed stage.
         routing: Of the stage that continues it.
         corpora: Tokenized text by distribution; read only if centroids of the first stage have to be fitted.
+        trainer: Names the device on which a checkpoint writes text for them.
     """
     architecture, tensors = parent.architecture, store.tensors(parent)
     # Losses are always the new stage's. Earlier versions stored coefficients of a mean over layers, not of a sum.
@@ -43,5 +49,5 @@ def continued_model(
             # Zeros stand for centroids that are not fitted, and random ones never are.
             tensors[FIRST_CENTROIDS] = torch.zeros(now.num_clusters(1), architecture.vocab_size)
         else:
-            tensors |= store.tensors(first_centroids(store, store.chain(parent.key)[0], now, corpora))
+            tensors |= store.tensors(first_centroids(store, store.chain(parent.key)[0], now, corpora, trainer))
     return build_model(replace(architecture, routing=now), tensors)

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from lifelong_moe.config.parts import document_centroids
 from lifelong_moe.config.routing.base import Bundles, Centroids, RoutingConfig
 from lifelong_moe.config.routing.shared import TextClusterConfig
+from lifelong_moe.config.training import TrainerConfig
 from lifelong_moe.data.tokens.shards import ShardDocuments, TokenizedCorpus
 from lifelong_moe.errors import ConfigError
 from lifelong_moe.growth.clusters import unigram_centroids
@@ -25,6 +26,7 @@ from lifelong_moe.retention.generated import generate_blocks
 from lifelong_moe.storage.keys import SHORT, content_key
 from lifelong_moe.store.record import StageRecord
 from lifelong_moe.store.stages import CommittedStage, StageStore
+from lifelong_moe.training.loop.device import on_configured_device
 from lifelong_moe.training.restore import load_model
 
 FIRST_CENTROIDS = document_centroids(0)
@@ -44,7 +46,11 @@ def find_centroids(store: StageStore, first: CommittedStage, routing: TextCluste
 
 
 def first_centroids(
-    store: StageStore, first: CommittedStage, routing: TextClusterConfig, corpora: Mapping[str, TokenizedCorpus]
+    store: StageStore,
+    first: CommittedStage,
+    routing: TextClusterConfig,
+    corpora: Mapping[str, TokenizedCorpus],
+    trainer: TrainerConfig,
 ) -> CommittedStage:
     """Fit the centroids of a first stage's text and commit them, or find them committed.
 
@@ -54,6 +60,7 @@ def first_centroids(
         routing: With ``bundles=cluster`` and fitted centroids; ``clusters`` and ``feature_width`` matter, for a
             checkpoint ``sample_tokens`` as well.
         corpora: Tokenized text by distribution; read only if there is something to fit, and none for a checkpoint.
+        trainer: Names the device on which a checkpoint writes.
 
     Raises:
         ConfigError: If the text is no longer what the stage learned from.
@@ -73,7 +80,7 @@ def first_centroids(
     clusters = routing.num_clusters(first.architecture.generations[0].experts)
     documents: Sequence[NDArray[np.integer]]
     if first.is_imported:
-        documents = _written_documents(store, first, routing)
+        documents = _written_documents(store, first, routing, trainer)
     else:
         documents = ShardDocuments([corpora[name].train for name in first.spec.learns])
     centroids = unigram_centroids(
@@ -114,11 +121,11 @@ def _identity(first: CommittedStage, routing: TextClusterConfig) -> dict[str, st
 
 
 def _written_documents(
-    store: StageStore, first: CommittedStage, routing: TextClusterConfig
+    store: StageStore, first: CommittedStage, routing: TextClusterConfig, trainer: TrainerConfig
 ) -> list[NDArray[np.integer]]:
     """Documents that a checkpoint's model writes, each with its separator first."""
     context, bos_id = first.architecture.model.context, first.architecture.bos_id
-    model, blocks = load_model(store, first), max(1, routing.sample_tokens // context)
+    model, blocks = on_configured_device(load_model(store, first), trainer), max(1, routing.sample_tokens // context)
     rows = generate_blocks(model, blocks, context=context, seed=first.spec.seed, ends=first.spec.text_ends)
     written = (part for row in rows for part in np.split(row, np.flatnonzero(row == bos_id)[1:]))
     # Two separators in a row are a document without text, by which nothing is recognized.

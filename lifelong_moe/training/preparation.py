@@ -34,8 +34,9 @@ def prepare_models(run: StageRun) -> StageModels:
     """The stage's models before its first step, the same after every interruption."""
     spec, parent, environment = run.spec, run.parent, run.environment
     if parent is None:
-        return StageModels(initial_model(run.architecture, spec.seed))
-    model = continued_model(environment.store, parent, spec.routing, run.corpora_before)
+        return StageModels(environment.place(initial_model(run.architecture, spec.seed)))
+    model = continued_model(environment.store, parent, spec.routing, run.corpora_before, environment.trainer)
+    model = environment.place(model)
     model.tokenizer_size = environment.store.tokenizer(parent).vocab_size
     written = _written_blocks(model, run) if any(spec.written_blocks) else None
     generated = written[: spec.written_blocks[0]] if written is not None and spec.generates else None
@@ -45,7 +46,7 @@ def prepare_models(run: StageRun) -> StageModels:
     old_weights = {name: p.detach().clone() for name, p in model.named_parameters()} if holds else {}
     importances = _importances(model, run, written) if spec.fisher_measured_tokens else None
     if spec.student is not None:
-        student = shallow_student(model, spec.student)
+        student = environment.place(shallow_student(model, spec.student))
         return StageModels(student, model.requires_grad_(False).eval(), generated=generated)
     # Before growth: the teacher has no new experts. It shares every tensor that this stage leaves alone.
     teacher = make_teacher(model, unchanging_tensors(model, spec)) if spec.distill else None

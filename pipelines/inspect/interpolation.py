@@ -21,7 +21,7 @@ from lifelong_moe.storage.files import write_atomic
 from lifelong_moe.store.head import RunHead
 from lifelong_moe.store.runs import RunRecord, require_head
 from lifelong_moe.store.stages import CommittedStage, StageStore
-from lifelong_moe.training.loop.device import configured_device
+from lifelong_moe.training.loop.device import on_configured_device
 from lifelong_moe.training.restore import load_model
 from pipelines.inspect.specialization import heldout_windows, holds
 from pipelines.shared.options import InspectionRequest
@@ -61,7 +61,7 @@ def interpolate(
                 f"nothing by it; choose another one with --stage."
             )
         windows, _, _ = heldout_windows(head, config, committed, asked.tokens or config.evaluate.tokens)
-        model = model.to(configured_device(recorded_trainer(run)))
+        model = on_configured_device(model, recorded_trainer(run))
         found = []
         for share in between(model, start, SHARES):
             status.update(f"running the model with {share:.0%} of what {committed.name} learned")

@@ -78,7 +78,7 @@ def load_on_device(run: str, store: StageStore, committed: CommittedStage, *, in
     # Imported here: what the user named is checked before torch is imported, which takes seconds.
     from lifelong_moe.config.growth import FrozenWeights
     from lifelong_moe.model.int8 import hold_frozen
-    from lifelong_moe.training.loop.device import configured_device
+    from lifelong_moe.training.loop.device import on_configured_device
     from lifelong_moe.training.restore import load_model
     from pipelines.shared.workspace import recorded_trainer
 
@@ -86,4 +86,4 @@ def load_on_device(run: str, store: StageStore, committed: CommittedStage, *, in
     # Only frozen matrices are quantized, hence no gradients above; on the CPU, so the device holds 8 bits alone.
     if int8:
         hold_frozen(model, FrozenWeights.int8)
-    return model.to(configured_device(recorded_trainer(run)))
+    return on_configured_device(model, recorded_trainer(run))

@@ -14,6 +14,7 @@ from rich.console import Console
 from lifelong_moe.config.load import build_config
 from lifelong_moe.config.references import stored_config
 from lifelong_moe.config.run import RunConfig
+from lifelong_moe.config.training import TrainerConfig
 from lifelong_moe.data.tokens.tokenizer import Tokenizer
 from lifelong_moe.data.tokens.windows import EvaluationSet, evaluation_windows
 from lifelong_moe.errors import ConfigError, DataError
@@ -41,7 +42,7 @@ from lifelong_moe.store.head import RunHead
 from lifelong_moe.store.runs import RunRecord, require_head
 from lifelong_moe.store.stages import CommittedStage, StageStore
 from lifelong_moe.training.callbacks.points import Row
-from lifelong_moe.training.loop.device import configured_device
+from lifelong_moe.training.loop.device import on_configured_device
 from lifelong_moe.training.restore import load_model
 from pipelines.inspect import tables as inspect_tables
 from pipelines.inspect.opening import step_of
@@ -75,7 +76,7 @@ def on_text(
     architecture, token_ids = model.architecture, tokenizer.encode(text)
     if not token_ids:
         raise ConfigError("the text has no token; give a longer one.")
-    seen = observe_text(model.to(configured_device(recorded_trainer(run))), token_ids, distribution=asked.label)
+    seen = observe_text(on_configured_device(model, recorded_trainer(run)), token_ids, distribution=asked.label)
     routed = route_text(architecture, seen, tokenizer.decode, asked.layer)
     inspect_tables.text(console, routed)
     require_targets(asked)
@@ -232,15 +233,19 @@ def heldout_windows(
     return windows, data.tokenizer, functools.reduce(and_, map(data.mode, there))
 
 
+def _loaded(store: StageStore, trainer: TrainerConfig, stage: CommittedStage) -> LanguageModel:
+    return on_configured_device(load_model(store, stage), trainer)
+
+
 def _measure(
     store: StageStore, committed: CommittedStage, config: RunConfig, windows: Windows, tokenizer: Tokenizer
 ) -> tuple[Mapping[str, Any], dict[str, Observation]]:
     """Observe the stage and its ancestors on the same text."""
-    device = configured_device(config.trainer)
     chain = store.chain(committed.key)
     # One model at a time: only what was observed is kept of the earlier stages.
-    earlier = {one.name: _observe_all(load_model(store, one).to(device), windows) for one in chain[:-1]}
-    model = load_model(store, committed).to(device)
+    load = functools.partial(_loaded, store, config.trainer)
+    earlier = {one.name: _observe_all(load(one), windows) for one in chain[:-1]}
+    model = load(committed)
     observed = _observe_all(model, windows)
     losses = _losses(model, windows)
     # The same weights with the experts of each layer permuted: what the choice of expert is worth, in nats.

@@ -37,7 +37,7 @@ from lifelong_moe.training.callbacks.interrupt import Interrupt, handling_signal
 from lifelong_moe.training.first_centroids import first_centroids, needs_first_centroids
 from lifelong_moe.training.imported import imported_stage
 from lifelong_moe.training.loop.context import Outlook, StageEnvironment
-from lifelong_moe.training.loop.device import configured_device, require_trainer
+from lifelong_moe.training.loop.device import on_configured_device, require_trainer
 from lifelong_moe.training.restore import initial_model, load_model
 from pipelines.run import render
 from pipelines.run.compared import Compared
@@ -195,7 +195,7 @@ def _begun(prepared: Prepared, store: StageStore, opened: OpenRun, console: Cons
     todo = (planned.spec.routing for planned in prepared.plan if store.find(planned.key) is None)
     if (routing := next(filter(needs_first_centroids, todo), None)) is not None:
         with console.status(f"checkpoint: writes {routing.sample_tokens:,} tokens, by which its text is recognized"):
-            fitted = first_centroids(store, base, routing, prepared.data.corpora)
+            fitted = first_centroids(store, base, routing, prepared.data.corpora, prepared.config.trainer)
         opened.save(dataclasses.replace(opened.head, centroids=fitted.key))
     return {BASE: base}
 
@@ -277,7 +277,7 @@ def _fit_first(stage: CommittedStage, prepared: Prepared, store: StageStore, ope
         if needs_first_centroids(one_day) and documents >= one_day.num_clusters(experts):
             routing = one_day
     if routing is not None:
-        fitted = first_centroids(store, stage, routing, prepared.data.corpora)
+        fitted = first_centroids(store, stage, routing, prepared.data.corpora, prepared.config.trainer)
         opened.save(dataclasses.replace(opened.head, centroids=fitted.key))
 
 
@@ -297,7 +297,7 @@ def _model(prepared: Prepared, store: StageStore, key: str) -> LanguageModel:
         model = initial_model(prepared.plan[0].architecture, prepared.config.seed)
     else:
         model = load_model(store, store.get(key))
-    return model.to(configured_device(prepared.config.trainer))
+    return on_configured_device(model, prepared.config.trainer)
 
 
 def _init_key(prepared: Prepared) -> str:

@@ -32,7 +32,7 @@ from lifelong_moe.store.versions import Version
 from lifelong_moe.training.callbacks.interrupt import Interrupt
 from lifelong_moe.training.callbacks.points import Send
 from lifelong_moe.training.loop.context import StageEnvironment
-from lifelong_moe.training.loop.device import configured_device
+from lifelong_moe.training.loop.device import on_configured_device
 from lifelong_moe.training.restore import load_model
 from pipelines.shared.kept_text import wait_for_text
 from pipelines.shared.novelty import read_texts
@@ -192,7 +192,7 @@ class CandidateTrainer:
 def model_loader(store: StageStore, trainer: TrainerConfig) -> Load:
     """A function from a stage's key to its model, on the device of evaluation."""
     # One model stays in memory: callers measure one model on all distributions before the next.
-    return lru_cache(maxsize=1)(lambda key: load_model(store, store.get(key)).to(configured_device(trainer)))
+    return lru_cache(maxsize=1)(lambda key: on_configured_device(load_model(store, store.get(key)), trainer))
 
 
 def served_stages(version: Version, store: StageStore) -> tuple[list[str], list[NewStage]]:

@@ -23,7 +23,7 @@ from lifelong_moe.store.runs import RunRecord, require_head, timestamp
 from lifelong_moe.store.stages import CommittedStage, StageStore
 from lifelong_moe.store.versions import Version, VersionStage, describe
 from lifelong_moe.training.derived import commit_derived, generation_of
-from lifelong_moe.training.loop.device import configured_device
+from lifelong_moe.training.loop.device import on_configured_device
 from lifelong_moe.training.restore import build_model, load_model
 from pipelines.shared.places import ROOT
 from pipelines.shared.recorded import follow_champion
@@ -100,8 +100,7 @@ def _merged(
     names = served.measurable()  # held-out text where training text is gone
     texts = [(evaluation_windows(data.at_hand(n), config.model.context, SAMPLE_TOKENS), n) for n in names]
     merged: list[dict[str, int]] = []
-    device = configured_device(config.trainer)
-    model = load_model(store, source).to(device)
+    model = on_configured_device(load_model(store, source), config.trainer)
     # One at a time: each merge changes usage and similarity, so the next pair is chosen on the merged model.
     for _ in range(experts):
         pairs, counts = _cheapest_pairs(model, texts, generation, config.evaluate.batch_tokens)
@@ -110,7 +109,7 @@ def _merged(
         except ValueError as error:
             raise ConfigError(f"stage {stage}: {error}.") from None
         merged += [{"layer": layer, "kept": kept, "gone": gone} for layer, (kept, gone) in pairs.items()]
-        model = build_model(architecture, tensors).to(device)
+        model = on_configured_device(build_model(architecture, tensors), config.trainer)
     # Stage names are unique within a version: fruit.consolidated, fruit.consolidated1, and so on.
     taken = {s.name for s in version.stages}
     name = next(n for i in range(len(taken) + 1) if (n := f"{stage}.consolidated{i or ''}") not in taken)

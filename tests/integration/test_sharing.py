@@ -17,7 +17,7 @@ from lifelong_moe.config.load import read_config
 from lifelong_moe.config.model import Activation
 from lifelong_moe.config.retention import TrunkConfig, TrunkTraining
 from lifelong_moe.config.routing.base import BalanceOver, Bundles, Centroids, RoutingConfig
-from lifelong_moe.config.training import CheckpointConfig, FrozenConfig, Schedule
+from lifelong_moe.config.training import CheckpointConfig, FrozenConfig, Schedule, TrainerConfig
 from lifelong_moe.errors import ConfigError
 from lifelong_moe.plan.comparison import load_comparison
 from lifelong_moe.plan.key import stage_key
@@ -198,7 +198,7 @@ def test_a_first_stage_of_an_earlier_version_is_gone_on_with(lab: Path, monkeypa
         path = write_config(tiny_config(**settings) | {"run": f"{name}-next"}, f"{name}-next.yaml")
         prepared, store = prepare(read_config(path)), StageStore(Path("mlruns"))
         parent = store.get(json.loads(Path(f"mlruns/runs/{name}/head.json").read_text())["stages"][0])
-        model = continued_model(store, parent, prepared.plan[1].spec.routing, prepared.data.corpora)
+        model = continued_model(store, parent, prepared.plan[1].spec.routing, prepared.data.corpora, TrainerConfig())
         assert model.document_clusters is not None
         centroids = model.document_clusters.all_centroids()[0]
         assert bool(centroids.any()) and (fitted is None or len(centroids) == fitted)

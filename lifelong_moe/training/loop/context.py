@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from rich.console import Console
 from torch import Tensor
 
-from lifelong_moe.config.training import CheckpointConfig, FrozenConfig, TrainerConfig
+from lifelong_moe.config.training import CheckpointConfig, FrozenConfig, Offload, TrainerConfig
 from lifelong_moe.data.tokens.prepare import PreparedData
 from lifelong_moe.data.tokens.shards import TokenizedCorpus
 from lifelong_moe.model.transformer import LanguageModel
@@ -26,6 +26,7 @@ from lifelong_moe.storage.keys import SHORT
 from lifelong_moe.store.stages import CommittedStage, StageStore
 from lifelong_moe.training.callbacks.interrupt import Interrupt
 from lifelong_moe.training.callbacks.points import Send
+from lifelong_moe.training.loop.device import on_configured_device
 
 if TYPE_CHECKING:
     from lifelong_moe.training.loop.rollback import Rollbacks  # which needs Lightning
@@ -61,6 +62,11 @@ class StageEnvironment:
     """``evaluate.watch``."""
     outlook: Outlook | None = None
     """None where a stage stands alone."""
+
+    def place(self, model: LanguageModel) -> LanguageModel:
+        """A model where it reads and writes text before, between and after the phases: the device that trains it."""
+        # Frozen weights that are offloaded do not fit there.
+        return model.cpu() if self.frozen.offload == Offload.cpu else on_configured_device(model, self.trainer)
 
 
 @dataclass(frozen=True)

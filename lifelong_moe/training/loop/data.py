@@ -152,8 +152,7 @@ def phase_dataset(
 def written_sample(model: LanguageModel, rows: NDArray[np.int64]) -> dict[str, Tensor]:
     """All blocks that the parent's model wrote, in the form of :func:`text_sample`."""
     source = generated_source(model, None, rows)
-    samples = [source.block(n) for n in range(len(source))]
-    return {name: torch.stack([sample[name] for sample in samples]) for name in samples[0]}
+    return _stacked([source.block(n) for n in range(len(source))], model)
 
 
 def text_sample(
@@ -175,8 +174,13 @@ def text_sample(
     count = min(len(source), max(1, tokens // spec.model.context))
     wanted_D = source.documents([order.at(n)[1] for n in range(count)])
     dataset = BlockDataset([replace(source, domain_ids=_domains_of(model, corpus.name, shard, wanted_D))], order)
-    samples = [dataset[n] for n in range(count)]
-    return {name: torch.stack([sample[name] for sample in samples]) for name in samples[0]}
+    return _stacked([dataset[n] for n in range(count)], model)
+
+
+def _stacked(samples: list[dict[str, Tensor]], model: LanguageModel) -> dict[str, Tensor]:
+    """Samples as one batch, where the model is that reads them."""
+    device = model.embedding.weight.device
+    return {name: torch.stack([sample[name] for sample in samples]).to(device) for name in samples[0]}
 
 
 def _domains_of(

@@ -6,14 +6,18 @@ Without Lightning, which takes longer to import than torch: it is asked only abo
 from __future__ import annotations
 
 import logging
+from itertools import chain
 
 import torch
 
 from lifelong_moe.config.training import TrainerConfig
+from lifelong_moe.model.transformer import LanguageModel
 from lifelong_moe.training.callbacks.late import importing_lightning
 
 log = logging.getLogger(__name__)
 CPU = torch.device("cpu")
+HEADROOM = 1.25
+"""Memory that a model is read in, over that of its tensors: activations, logits of a chunk, keys and values."""
 
 
 def require_trainer(config: TrainerConfig) -> None:
@@ -45,6 +49,20 @@ def configured_device(trainer: TrainerConfig) -> torch.device:
         how = f"{trainer.accelerator}, trainer.devices={trainer.devices}"
         log.warning("trainer.accelerator=%s: using the CPU instead: this machine has %d CUDA devices", how, there)
     return CPU
+
+
+def on_configured_device(model: LanguageModel, trainer: TrainerConfig) -> LanguageModel:
+    """A model on the device of :func:`configured_device`; on the CPU, with a warning, if that has too little memory."""
+    device = configured_device(trainer)
+    if device.type == "cuda":
+        # Training may need less: there weights may be in bfloat16, and frozen ones in 8 bits.
+        needed = HEADROOM * sum(tensor.nbytes for tensor in chain(model.parameters(), model.buffers()))
+        free, _ = torch.cuda.mem_get_info(device)
+        if needed > free:
+            size = needed / HEADROOM / 1e9
+            log.warning("a model of %.1f GB is read on the CPU: %s has %.1f GB free", size, device, free / 1e9)
+            device = CPU
+    return model.to(device)
 
 
 def _first_index(devices: int | str | list[int]) -> int | None:

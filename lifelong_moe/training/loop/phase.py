@@ -38,7 +38,7 @@ def train_phase(module: StageModule, models: StageModels, run: PhaseRun) -> Phas
 
     Args:
         module: With the stage's model.
-        models: Of the stage; the model is on the CPU again at the end.
+        models: Of the stage; the model is where ``StageEnvironment.place`` puts it at the end.
         run: The phase and its place in the stage.
 
     Raises:
@@ -57,8 +57,8 @@ def train_phase(module: StageModule, models: StageModels, run: PhaseRun) -> Phas
     model.train()
     with _training_context(models, run), _explained_full_memory(spec):
         PhaseFit(run, module, data, meter, stopping, watch).fit()
-    # Clusters of the next phase, measurements and the commit are computed on the CPU.
-    model.cpu()
+    # Lightning has moved it to the CPU; clusters of the next phase and measurements read text with it.
+    run.stage.environment.place(model)
     if stopping is not None:
         stopping.restore(model)
     return PhaseMeasures(
@@ -188,4 +188,4 @@ def _sample_assignments(model: LanguageModel, spec: StageSpec, corpus: Tokenized
     model.eval()
     with torch.no_grad():
         output = model(TokenBatch.of(sample))
-    return torch.stack([r.expert_ids_TK[:, 0][sample["mask"].flatten()] for r in output.routings])
+    return torch.stack([r.expert_ids_TK[:, 0][sample["mask"].flatten()] for r in output.routings]).cpu()
