@@ -53,6 +53,17 @@ class Measure:
         return self.metric.replace("NAME", distribution)
 
 
+def duration(seconds: float) -> str:
+    """A time as a person says it, in one unit or two."""
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    if minutes < 100:
+        return f"{minutes} min"
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes} min" if hours < 48 else f"{hours / 24:.0f} days"
+
+
 def _lost(key: str, words: str, metric: str, meaning: str) -> dict[str, Measure]:
     """A loss of something in both units: bits per byte, and beside it the rise of perplexity in %."""
     rise = f"{meaning}, as a rise of perplexity"

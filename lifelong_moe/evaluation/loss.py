@@ -6,6 +6,7 @@ Legend: T scored tokens, G generations.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -53,6 +54,7 @@ def evaluate(
     distribution: str | None,
     batch_tokens: int,
     readings: Readings | None = None,
+    told: Callable[[int], None] | None = None,
 ) -> Evaluation:
     """Score held-out windows.
 
@@ -62,9 +64,11 @@ def evaluate(
         distribution: The text's distribution if it is known; only routing by label looks at it.
         batch_tokens: Tokens a forward pass.
         readings: See :func:`~lifelong_moe.evaluation.reading.read_windows`.
+        told: Called after each forward pass with the number of tokens scored so far.
     """
     mixes, num_generations = model.architecture.mixture is not None, len(model.architecture.generations)
     total, loads, shares_G, readers = 0.0, None, torch.zeros(num_generations, dtype=torch.float64), 0
+    scored = 0
     for batch in read_windows(model, windows, distribution=distribution, batch_tokens=batch_tokens, readings=readings):
         # float64: a sum over millions of tokens must not depend on the size of a batch.
         total += float(batch.nats_T.sum())
@@ -74,6 +78,9 @@ def evaluate(
             weights_TG = batch.weights(num_generations)
             shares_G += weights_TG.sum(dim=0).cpu()
             readers += int((weights_TG > 0).sum())
+        scored += len(batch.nats_T)
+        if told is not None:
+            told(scored)
     return Evaluation(
         nats_per_token=total / windows.num_tokens,
         bits_per_byte=total / math.log(2) / windows.num_bytes,

@@ -161,7 +161,7 @@ def _by_verb(forgetting: Mapping[str, BySeed]) -> dict[str, dict[str, BySeed]]:
     found: dict[str, dict[str, BySeed]] = {verb: {} for verb in (*LOSING, "kept", "improved")}
     for name, values in sorted(forgetting.items(), key=lambda item: -_mean(item[1])):
         mean, values_of = _mean(values), list(values.values())
-        clear = _is_clear(values_of)
+        clear = is_clear(values_of)
         verb = ("lost" if mean > 0 else "improved") if clear else "may have lost" if mean >= CLEAR else "kept"
         found[verb][name] = values
     return {verb: values for verb, values in found.items() if values}
@@ -180,7 +180,7 @@ def _phrase(verb: str, values: Mapping[str, BySeed]) -> str:
         amount = _with_unit(_signed(mean) if verb == "kept" else f"{abs(mean):.2f}", place)
         forms = {"kept": f"{name} ({amount})", "improved": f"{name} by {amount}"}
         parts.append(forms.get(verb, f"{amount} of {name}"))
-    return f"{verb} {_listed(parts)}"
+    return f"{verb} {listed(parts)}"
 
 
 def _same(verb: str, theirs: Mapping[str, BySeed]) -> str:
@@ -192,7 +192,7 @@ def _same(verb: str, theirs: Mapping[str, BySeed]) -> str:
     if found == "kept":
         return f"kept {they}{' too' if verb == 'kept' else ''}"
     # All of one kind: in the order in which they were named, so the amounts say enough.
-    amounts = f"{_listed(f'{abs(_mean(values)):.2f}' for values in theirs.values())} bits per byte"
+    amounts = f"{listed(f'{abs(_mean(values)):.2f}' for values in theirs.values())} bits per byte"
     return f"improved {they} by {amounts}" if found == "improved" else f"{found} {amounts}"
 
 
@@ -204,32 +204,28 @@ def _learned(one: Outcome, reference: Outcome | None) -> str:
             return ""
         if len(means) > FEW_NAMES:
             return f"it learned {len(means)} distributions to {fmean(means.values()):.2f} bits per byte in the mean"
-        return "it learned " + _listed(f"{n} to {_with_unit(f'{v:.2f}', i)}" for i, (n, v) in enumerate(means.items()))
-    gaps = {
-        name: _gaps(one.learned[name], reference.learned[name]) for name in one.learned if name in reference.learned
+        return "it learned " + listed(f"{n} to {_with_unit(f'{v:.2f}', i)}" for i, (n, v) in enumerate(means.items()))
+    behind = {
+        name: gaps(one.learned[name], reference.learned[name]) for name in one.learned if name in reference.learned
     }
-    if not gaps:
+    if not behind:
         return ""
-    if len(gaps) > FEW_NAMES:
-        means = {name: fmean(gap) for name, gap in gaps.items()}
+    if len(behind) > FEW_NAMES:
+        means = {name: fmean(gap) for name, gap in behind.items()}
         worst = max(means, key=lambda name: means[name])
         level = _better(mean := fmean(means.values()), abs(mean) >= CLEAR)
         return (
-            f"it learned {len(gaps)} distributions {level} in the mean ({_signed(means[worst])} at worst, of {worst})"
+            f"it learned {len(behind)} distributions {level} in the mean ({_signed(means[worst])} at worst, of {worst})"
         )
-    return "it learned " + _listed(f"{name} {_better(fmean(gap), _is_clear(gap))}" for name, gap in gaps.items())
+    return "it learned " + listed(f"{name} {_better(fmean(gap), is_clear(gap))}" for name, gap in behind.items())
 
 
 def _in_the_mean(one: Outcome, reference: Outcome) -> str:
     """How far apart the two end; a mean over other distributions would be another quantity."""
     if set(one.final) != set(reference.final):
         return ""
-    ours, theirs = (
-        {seed: fmean(values[seed] for values in found.values()) for seed in next(iter(found.values()))}
-        for found in (one.final, reference.final)
-    )
-    gap = _gaps(ours, theirs)
-    return f"in the mean it ends {_better(fmean(gap), _is_clear(gap), tie='level')}"
+    gap = gaps(mean_loss(one), mean_loss(reference))
+    return f"in the mean it ends {_better(fmean(gap), is_clear(gap), tie='level')}"
 
 
 def _cost(ours: float, theirs: float) -> str:
@@ -253,20 +249,25 @@ def _leak(one: Outcome) -> list[str]:
     found = f"{one.leaks[name]:.0%} of {name} goes to experts that were born later (router leak)"
     if not harmed:
         return [f"{found}, which cost it nothing: nothing to do."]
-    lost_by = "and it lost by that" if _is_clear([*one.forgetting[name].values()]) else "and if it lost, then by that"
+    lost_by = "and it lost by that" if is_clear([*one.forgetting[name].values()]) else "and if it lost, then by that"
     return [
         f"{found}, {lost_by} or by a trunk that moved: keep generations apart (routing.bundles=cluster "
         f"trunk.train=deltas), let the router review old text (review.fraction), or replay more (replay.fraction)."
     ]
 
 
-def _gaps(ours: BySeed, theirs: BySeed) -> list[float]:
+def mean_loss(one: Outcome) -> BySeed:
+    """Mean over distributions of the loss after the last stage, by seed."""
+    return {seed: fmean(values[seed] for values in one.final.values()) for seed in next(iter(one.final.values()))}
+
+
+def gaps(ours: BySeed, theirs: BySeed) -> list[float]:
     """Differences with the same seeds; that of the means if there are none."""
     common = [ours[seed] - theirs[seed] for seed in ours if seed in theirs]
     return common or [_mean(ours) - _mean(theirs)]
 
 
-def _is_clear(values: Sequence[float]) -> bool:
+def is_clear(values: Sequence[float]) -> bool:
     """Whether a difference is more than noise: see the module."""
     found = over_seeds(values)
     if found is None or abs(found.mean) < CLEAR:
@@ -296,6 +297,6 @@ def _with_unit(amount: str, place: int) -> str:
     return amount + (" bits per byte" if place == 0 else "")
 
 
-def _listed(items: Iterable[str]) -> str:
+def listed(items: Iterable[str]) -> str:
     *first, last = items
     return f"{', '.join(first)} and {last}" if first else last

@@ -19,7 +19,7 @@ MOST_CHARACTERS = 1 << 24
 @cache
 def provenance() -> dict[str, str]:
     """Tags by name, MLflow's own where it has one; what is not known is absent."""
-    found = {"lifelong.python": platform.python_version(), "lifelong.machine": _machine()}
+    found = {"lifelong.python": platform.python_version(), "lifelong.machine": machine()}
     for name in PACKAGES:
         with suppress(PackageNotFoundError):
             found[f"lifelong.version.{name}"] = version(name)
@@ -58,7 +58,8 @@ def _head(git: Path) -> str | None:
     return text if re.fullmatch(r"[0-9a-f]{40}|[0-9a-f]{64}", text) else None
 
 
-def _machine() -> str:
+@cache
+def machine() -> str:
     """Processor, cores, memory and GPUs, such as ``AMD EPYC, 2 cores, 25 GB``."""
     processor = re.search(r"^model name\s*: (.+)$", _read(Path("/proc/cpuinfo")), re.MULTILINE)
     parts = [processor[1] if processor else platform.processor() or platform.machine(), f"{os.cpu_count()} cores"]

@@ -11,6 +11,7 @@ from rich.table import Table
 
 from lifelong_moe.errors import both_ends
 from lifelong_moe.measures import MEASURES, Measure
+from lifelong_moe.reports.ranking import Ranked, best, ranking
 from lifelong_moe.reports.seeds import FEW
 from lifelong_moe.reports.verdict import comparison_verdict
 from pipelines.compare.numbers import is_by_definition
@@ -42,7 +43,8 @@ EXPLANATION = (
     "Forgetting compares with the loss right after learning, the plasticity gap with an unrestrained run of the same "
     "seed, the oracle gap with a joint run; positive is worse. In brackets: the same as a rise of perplexity. Tokens "
     "and FLOPs are those of an arm's stages; models trained from scratch are counted apart. Means over seeds ± 95 % "
-    "t-interval; of two seeds both values, of one its own. – is unknown, or 0 by definition."
+    "t-interval; of two seeds both values, of one its own. – is unknown, or 0 by definition. Arms are ranked by the "
+    "held-out mean; one that is not clearly worse than the first is within the noise of it."
 )
 
 
@@ -61,11 +63,14 @@ def grids(comparison: Mapping[str, Any]) -> list[Grid]:
     names, reference = comparison["distributions"], comparison["reference"]
     # The reference has no differences, nor has an arm without two seeds in common with it.
     compared = [arm for arm in arms if arm["differences"] and any(arm["differences"].values())]
+    ranked = {one.name: one for one in ranking(comparison)}
+    # Python's sort keeps the order of those without a place, which come last.
+    by_place = sorted(arms, key=lambda arm: ranked[arm["name"]].place if arm["name"] in ranked else len(arms) + 1)
     found = [
         Grid(
             "Results",
-            ("arm", "seeds", *(MEASURES[key].title for key in COLUMNS)),
-            [_results(arm, comparison) for arm in arms],
+            ("arm", "rank", "seeds", *(MEASURES[key].title for key in COLUMNS)),
+            [_results(arm, comparison, ranked.get(arm["name"])) for arm in by_place],
         ),
         Grid(
             "Cost",
@@ -126,7 +131,7 @@ def sentences(comparison: Mapping[str, Any]) -> list[str]:
     """What was shown in words: of each arm against the reference, or of the reference if there is no other."""
     found = comparison_verdict(comparison)
     others = [said for name, said in found.items() if name != comparison["reference"]]
-    return [sentence for said in others or found.values() for sentence in said]
+    return [*best(ranking(comparison)), *(sentence for said in others or found.values() for sentence in said)]
 
 
 def markdown(comparison: Mapping[str, Any]) -> str:
@@ -176,9 +181,12 @@ def absent(comparison: Mapping[str, Any]) -> list[str]:
     return lines
 
 
-def _results(arm: Arm, comparison: Mapping[str, Any]) -> list[str]:
+def _results(arm: Arm, comparison: Mapping[str, Any], ranked: Ranked | None) -> list[str]:
     done = sum(run["status"] == "committed" for run in arm["runs"])
-    cells = [arm["name"], f"{done}/{len(arm['runs'])}"]
+    place = ABSENT if ranked is None else str(ranked.place)
+    if ranked is not None and ranked.is_tied and ranked.place > 1:
+        place += ", within noise"
+    cells = [arm["name"], place, f"{done}/{len(arm['runs'])}"]
     for key, beside in COLUMNS.items():
         found = None if is_by_definition(key, comparison, arm["name"]) else arm["summary"].get(key)
         cell = _value(found, MEASURES[key])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Mapping
 from typing import Any
 
@@ -12,6 +13,7 @@ from lifelong_moe.config.data import SourceConfig
 from lifelong_moe.data.formats.outcomes import Outcome, sentence
 from lifelong_moe.data.text.files import read_files
 from lifelong_moe.data.tokens.shards import tokenize_documents
+from lifelong_moe.measures import duration
 from pipelines.inspect.opening import check_label, load_on_device, open_stage
 
 EVALUATED_TOKENS = 8192
@@ -40,12 +42,20 @@ def evaluate_text(
     from lifelong_moe.data.tokens.windows import evaluation_windows
     from lifelong_moe.evaluation.loss import evaluate
 
-    with console.status(f"{committed.name}: evaluating"):
+    what = f"{committed.name}: evaluating"
+    with console.status(what) as status:
         shard = tokenize_documents(documents, store.tokenizer(committed, label))
         model = load_on_device(run, store, committed, int8=int8)
         # sys.maxsize: the user named this text, so all of it is scored.
         windows = evaluation_windows(shard, model.architecture.model.context, sys.maxsize)
-        result = evaluate(model, windows, distribution=label, batch_tokens=EVALUATED_TOKENS).to_json()
+        began = time.monotonic()
+
+        def tell(scored: int) -> None:
+            left = (time.monotonic() - began) * (windows.num_tokens / scored - 1)
+            status.update(f"{what}, {scored:,} of {windows.num_tokens:,} tokens, {duration(left)} left")
+
+        found = evaluate(model, windows, distribution=label, batch_tokens=EVALUATED_TOKENS, told=tell)
+        result = found.to_json()
     # A number per layer and expert: `inspect` shows it by name.
     del result["expert_counts"]
     console.print(

@@ -10,6 +10,7 @@ from rich.table import Table
 from lifelong_moe.clustering.unigrams import unigram_divergence
 from lifelong_moe.config.load import LoadedConfig, written_config
 from lifelong_moe.data.tokens.packing import epochs
+from lifelong_moe.measures import duration
 from lifelong_moe.plan.advice import (
     beginning,
     growth_advice,
@@ -27,7 +28,9 @@ from lifelong_moe.plan.spec import BASE
 from lifelong_moe.plan.stages import stage_need
 from lifelong_moe.storage.keys import SHORT
 from lifelong_moe.store.runs import RunRecord
+from lifelong_moe.store.speeds import measured_speed
 from lifelong_moe.store.stages import CommittedStage, StageStore
+from lifelong_moe.tracking.provenance import machine
 from pipelines.run import render
 from pipelines.run.file_list import show_data
 from pipelines.run.sizes import incoming, sentences, sizes
@@ -47,11 +50,11 @@ def plan(loaded: LoadedConfig, console: Console) -> dict[str, Any]:
     rows = [_row(i, prepared, store) for i in range(len(prepared.plan))]
     came, found = incoming(prepared), [sizes(prepared, i) for i in range(len(prepared.plan))]
     rows = [{**row, **one} for row, one in zip(rows, found, strict=True)]
-    speed = [s.metrics["tokens_per_second"] for p in prepared.plan if (s := store.find(p.key))]
     files = show_data(console, prepared)
     todo = [stage for stage, row in zip(prepared.plan, rows, strict=True) if row["action"] == "train"]
     disk = run_need([stage_need(stage, prepared.config) for stage in todo])
-    _print(console, rows, disk, speed)
+    seconds, how_long = _time(todo, prepared, store)
+    _print(console, rows, disk, how_long)
     for sentence in sentences(prepared, came, found):
         console.print(sentence)
     for sentence in beginning(prepared.config, prepared.data.tokenizer.bos_id, prepared.data.tokenizer.bos_name):
@@ -85,6 +88,7 @@ def plan(loaded: LoadedConfig, console: Console) -> dict[str, Any]:
         "files": files,
         "stages": rows,
         "disk_bytes": disk,
+        "seconds": seconds,
         "warnings": warnings,
         "advice": advice,
     }
@@ -139,7 +143,26 @@ def _epochs(planned: PlannedStage, prepared: Prepared, committed: CommittedStage
     return epochs(planned.tokens - spec.replayed_tokens, prepared.data.corpora[spec.data].train, spec.model.context)
 
 
-def _print(console: Console, rows: list[dict[str, Any]], disk: int, speed: list[float]) -> None:
+def _time(todo: list[PlannedStage], prepared: Prepared, store: StageStore) -> tuple[float | None, str]:
+    """Seconds that training will take, None if nobody knows, and the same in words."""
+    if not todo:
+        return 0.0, ""
+    place = {"machine": machine(), "accelerator": prepared.config.trainer.accelerator}
+    found = measured_speed(ROOT, store, todo[0].spec, **place)
+    if found is None:
+        return None, (
+            "How long training takes is not known: no stage of this model was trained on this machine before. `run` "
+            "tells the time left while it trains, and Ctrl-C saves a checkpoint."
+        )
+    seconds = sum(stage.flops for stage in todo) / found.flops_per_second
+    stages = "a stage" if found.stages == 1 else f"{found.stages} stages"
+    return seconds, (
+        f"Training takes about {duration(seconds)} at the speed of {stages} of this model on this machine; "
+        f"evaluation comes on top."
+    )
+
+
+def _print(console: Console, rows: list[dict[str, Any]], disk: int, how_long: str) -> None:
     table = Table(title="Plan", title_justify="left")
     for header in ("stage", "key", "", "experts", "total", "active", "trains", "tokens", "epochs", "replay", "FLOPs"):
         table.add_column(header, justify="left" if header in ("stage", "key", "") else "right")
@@ -162,6 +185,6 @@ def _print(console: Console, rows: list[dict[str, Any]], disk: int, speed: list[
     if todo:
         text += f", at least {max(row['memory_bytes'] for row in todo) / 1e6:,.1f} MB of memory for tensors"
         text += f" and about {LIBRARIES_BYTES / 1e6:,.0f} MB for Python and its libraries"
-    if speed and todo:
-        text += f", about {tokens / (sum(speed) / len(speed)):.0f} s at the speed of the stages committed so far"
     console.print(text + ".")
+    if how_long:
+        console.print(how_long)

@@ -132,6 +132,7 @@ def test_plan_trains_nothing(lab: Path, cli: Cli) -> None:
     result = cli("plan", "tiny.yaml")
     assert result.code == 0
     assert f"2 of 2 stages to train: {2 * TOKENS:,} tokens" in result.out
+    assert "How long training takes is not known" in result.out
     assert not (lab / "mlruns").exists()
     planned = cli("plan", "tiny.yaml", "--json")
     plan = json.loads(planned.out)
@@ -146,14 +147,22 @@ def test_plan_trains_nothing(lab: Path, cli: Cli) -> None:
     assert not (lab / "mlruns").exists()
 
 
-def test_plan_knows_what_is_committed(trained: Path, cli: Cli) -> None:
+def test_plan_knows_what_is_committed(trained: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
     before = files(trained / "mlruns")
     result = cli("plan", "tiny.yaml")
     assert "0 of 2 stages to train" in result.out and result.out.count("committed") == 2
     changed = cli("plan", "tiny.yaml", "stages[1].tokens=2048")
     assert "1 of 2 stages to train: 2,048 tokens" in changed.out
     assert "running needs run=NAME or --replace" in changed.out
-    assert "s at the speed of the stages committed so far" in changed.out
+    # What this machine took for stages of this model, whichever run trained them.
+    assert "at the speed of 3 stages of this model on this machine" in changed.out
+    other = ("plan", "tiny.yaml", "run=other", "seed=1", "--json")
+    assert 0 < json.loads(cli(*other).out)["seconds"] < 600
+    assert json.loads(cli(*other, "model.width=64").out)["seconds"] is None
+    assert json.loads(cli(*other, "trainer.accelerator=gpu").out)["seconds"] is None
+    monkeypatch.setattr("pipelines.run.plan.machine", lambda: "another one")
+    assert json.loads(cli(*other).out)["seconds"] is None
+    assert json.loads(cli("plan", "tiny.yaml", "--json").out)["seconds"] == 0
     assert files(trained / "mlruns") == before
 
 
@@ -387,6 +396,15 @@ def test_evaluate_any_text(trained: Path, cli: Cli) -> None:
     assert unknown.code == 2 and "there are fruit, code." in unknown.err
     absent = cli("evaluate", "tiny", "--data", "nosuch*.jsonl")
     assert absent.code == 2 and absent.err.count("\n") == 1
+
+
+def test_evaluate_tells_the_time_left(trained: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[str] = []
+    monkeypatch.setattr("pipelines.shared.output._Status.update", lambda self, status: told.append(status))
+    monkeypatch.setattr("pipelines.inspect.evaluate.EVALUATED_TOKENS", 512)
+    result = json.loads(cli("evaluate", "tiny", "--data", "sea.jsonl", "--json").out)
+    assert len(told) > 2 and all(one.startswith("code: evaluating, ") and one.endswith(" left") for one in told)
+    assert told[-1] == f"code: evaluating, {result['tokens']:,} of {result['tokens']:,} tokens, 0 s left"
 
 
 def test_evaluate_scores_as_the_run_did(trained: Path, cli: Cli) -> None:

@@ -73,7 +73,7 @@ def test_two_arms_two_seeds(compare_yaml: Path, lab: Path, cli: Cli) -> None:
     assert [stage["shared"] for stage in reports["lifelong", 0]["stages"]] == [True, False]
     check_numbers(found, reports)
     page = (home / "comparison.md").read_text()
-    assert page.startswith("- lifelong ") and "\n\n**two** · base tiny.yaml" in page
+    assert page.startswith("- Best at the end: ") and "\n- lifelong " in page and "\n\n**two** · base tiny.yaml" in page
     assert sorted(path.name for path in (home / "figures").iterdir()) == ["curves.png", "leak.png", "pareto.png"]
     written = (home / "comparison.json").stat().st_mtime_ns
 

@@ -17,7 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Column
 
 from lifelong_moe.errors import TryAgainError, both_ends, visible
-from lifelong_moe.measures import MEASURES
+from lifelong_moe.measures import MEASURES, duration
 from lifelong_moe.training.callbacks.checkpoint import checkpoint_path, checkpoints
 from lifelong_moe.training.callbacks.energy import READ_SECONDS, EnergyMeter, energy_counters
 from lifelong_moe.training.callbacks.interrupt import Interrupt
@@ -121,17 +121,6 @@ class Meter(Callback):
         joules = state_dict.get("joules")  # a checkpoint of an earlier version did not measure it
         self.energy.joules = None if joules is None else float(joules)
         self.last = {str(name): float(value) for name, value in state_dict["last"].items()}
-
-
-def duration(seconds: float) -> str:
-    """A time as a person says it, in one unit or two."""
-    if seconds < 100:
-        return f"{seconds:.0f} s"
-    minutes = round(seconds / 60)
-    if minutes < 100:
-        return f"{minutes} min"
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes} min" if hours < 48 else f"{hours / 24:.0f} days"
 
 
 class ProgressReport(Callback):

@@ -33,9 +33,11 @@ from lifelong_moe.plan.spec import StageSpec
 from lifelong_moe.storage.files import write_atomic
 from lifelong_moe.storage.plain import from_plain
 from lifelong_moe.storage.stored import read_stored
+from lifelong_moe.tracking.provenance import machine
 from lifelong_moe.training.callbacks.stopping import StoppingReport
 from lifelong_moe.training.loop.context import StageRun
 from lifelong_moe.training.loop.data import text_sample
+from lifelong_moe.training.loop.device import configured_device
 from lifelong_moe.training.loop.rollback import MAX_NONFINITE
 
 log = logging.getLogger(__name__)
@@ -108,6 +110,9 @@ class StageMetrics:
     stopping: StoppingReport | None
     new_expert_share: float | None
     """Smallest share of the new text's assignments that any new expert gets."""
+    machine: str
+    """Where the stage ended, as MLflow's tags say it, and on which kind of ``device``: a speed is that of a machine."""
+    device: str
 
     def to_json(self) -> dict[str, object]:
         """As plain JSON data."""
@@ -148,6 +153,8 @@ def stage_metrics(model: LanguageModel, run: StageRun, measured: list[PhaseMeasu
         assignment_churn=last.assignment_churn,
         stopping=last.stopping,
         new_expert_share=_new_expert_share(model, spec, corpus) if spec.grow else None,
+        machine=machine(),
+        device=configured_device(run.environment.trainer).type,
     )
 
 
