@@ -9,7 +9,7 @@ import sys
 from enum import Enum
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, get_args, get_type_hints
+from typing import Any, get_args, get_origin, get_type_hints
 
 from lifelong_moe.config.routing.base import RoutingConfig
 from lifelong_moe.config.routing.capacity import CapacityConfig
@@ -126,7 +126,8 @@ def section(cls: type, path: str, whole: str) -> list[str]:
             if issubclass(nested, RoutingConfig):
                 inner += routing_section()
                 continue
-            suffix = ".NAME" if field.name == "distributions" else "[i]" if field.name == "stages" else ""
+            is_list = get_origin(kind) is list
+            suffix = ".NAME" if field.name == "distributions" else "[i]" if is_list else ""
             inner += section(nested, name + suffix, whole)
         else:
             rows.append(f"| `{field.name}` | `{default_text(field)}` | {docs[field.name]} |")

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass
+import re
+from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
 
@@ -85,8 +86,25 @@ class OptimConfig:
 
 
 PRECISIONS = ("32-true", "bf16-mixed", "bf16-true")
+CLASS_PATH = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)+")
 # Without Lightning's `xla`, which needs a TPU.
 PROFILERS = ("simple", "advanced", "pytorch")
+
+
+@dataclass(kw_only=True)
+class OwnClass:
+    """A callback or logger of Lightning's, of another package or of your own, in the words of Lightning's CLI.
+
+    It is code: it is imported where the file that names it is given to ``run``, ``compare`` or ``retrain``, and never
+    where a stored configuration names it. Each stage has a new one. Loggers get the points of training curves that
+    MLflow gets. Callbacks can change what a stage learns, but not its key: that bits are equal is promised for runs
+    without them. What their ``state_dict`` returns, plain data and tensors, is part of a step checkpoint.
+    """
+
+    class_path: str
+    """Dotted path of the class, such as ``lightning.pytorch.callbacks.LearningRateMonitor``."""
+    init_args: dict[str, Any] = field(default_factory=dict)
+    """Keyword arguments for it."""
 
 
 @dataclass(kw_only=True)
@@ -139,6 +157,10 @@ class TrainerConfig:
     """Trace the operation that produced a NaN; slow."""
     profiler: str | None = None
     """Lightning's profiler: ``simple``, ``advanced`` or ``pytorch``. Null: none."""
+    callbacks: list[OwnClass] = field(default_factory=list)
+    """Further callbacks."""
+    logger: list[OwnClass] = field(default_factory=list)
+    """Further loggers."""
 
     def __post_init__(self) -> None:
         require_bounded(self, "trainer.")
@@ -146,6 +168,13 @@ class TrainerConfig:
             raise ConfigError(f"trainer.precision={self.precision} is unknown; there are {', '.join(PRECISIONS)}.")
         if self.profiler is not None and self.profiler not in PROFILERS:
             raise ConfigError(f"trainer.profiler={self.profiler} is unknown; there are {', '.join(PROFILERS)}.")
+        for key in ("callbacks", "logger"):
+            for i, one in enumerate(getattr(self, key)):
+                if not CLASS_PATH.fullmatch(one.class_path):
+                    raise ConfigError(
+                        f"trainer.{key}[{i}].class_path={one.class_path} must be a dotted path, such as "
+                        f"package.module.Class."
+                    )
         if not isinstance(self.devices, (int, str, list)):
             raise ConfigError(f"trainer.devices={self.devices} must be a number, a list or a string.")
         # Also of a number that is written as a string, or of a list.

@@ -28,6 +28,7 @@ from lifelong_moe.store.versions import Action as StageAction
 from lifelong_moe.store.versions import VersionStage
 from lifelong_moe.tracking.tracker import Tracker
 from lifelong_moe.training.callbacks.interrupt import Interrupt, handling_signals
+from lifelong_moe.training.callbacks.own import allow_own
 from lifelong_moe.training.loop.device import require_trainer
 from pipelines.retrain.outcome import TickOutcome
 from pipelines.retrain.plan import TickPlan, make_plan
@@ -80,7 +81,9 @@ def retrain(
             remove_abandoned()
             head = with_versions(store, require_head(ROOT, record.run))
             tick = Tick(retraining, record, head, console)
-            allow_router(tick.config.routing.mode)  # its user gave the base to this command
+            # Its user gave the base to this command.
+            allow_router(tick.config.routing.mode)
+            allow_own(tick.config.trainer)
             try:
                 # An accelerator or strategy that this machine lacks is refused before anything is written.
                 require_trainer(tick.config.trainer)

@@ -34,6 +34,7 @@ from lifelong_moe.store.stages import CommittedStage, StageStore
 from lifelong_moe.tracking.tracker import Tracker
 from lifelong_moe.training.abandoned import clear_abandoned
 from lifelong_moe.training.callbacks.interrupt import Interrupt, handling_signals
+from lifelong_moe.training.callbacks.own import allow_own
 from lifelong_moe.training.first_centroids import first_centroids, needs_first_centroids
 from lifelong_moe.training.imported import imported_stage
 from lifelong_moe.training.loop.context import Outlook, StageEnvironment
@@ -77,6 +78,7 @@ def run(
     """
     with handling_signals() as interrupt:
         remove_abandoned()
+        allow_own(loaded.config.trainer)  # its user gave the configuration to this command
         # A device that this machine lacks is refused before anything is written.
         require_trainer(loaded.config.trainer)
         with console.status("reading and tokenizing the distributions"):

@@ -84,7 +84,7 @@ class Meter(Callback):
         # By quotients, not remainders: with accumulation this runs several times a step, and logs once.
         due = step // self.every_steps > self._stepped // self.every_steps
         self._stepped = step
-        if not (due or step == trainer.max_steps) or trainer.logger is None:
+        if not (due or step == trainer.max_steps) or not trainer.loggers:
             return
         module: Any = pl_module
         self.last = {f"train/{name}": value for name, value in module.means.values.items()}
@@ -103,7 +103,8 @@ class Meter(Callback):
             MEASURES["memory"].metric: peak_megabytes(trainer.strategy.root_device),
         }
         curves = {f"{key}_nats_per_token" if key in IN_NATS else key: value for key, value in self.last.items()}
-        trainer.logger.log_metrics({**curves, **extra}, step=step)
+        for logger in trainer.loggers:
+            logger.log_metrics({**curves, **extra}, step=step)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Read the energy counters a last time."""
@@ -233,9 +234,9 @@ class StepCheckpoint(Callback):
         # Ranks are forks, whose result reaches the main process through a checkpoint.
         ends_rank = step == trainer.max_steps and trainer.world_size > 1
         if requested or ends_rank or step % self.every_steps == 0:
-            if trainer.logger is not None:
-                # Sent before the commit: a run that continues from the checkpoint does not log these points again.
-                trainer.logger.save()
+            # Sent before the commit: a run that continues from the checkpoint does not log these points again.
+            for logger in trainer.loggers:
+                logger.save()
             trainer.save_checkpoint(checkpoint_path(self.work, self.phase, step))
             self._saved = step
             # After the commit, so that there always is one.

@@ -167,13 +167,12 @@ class ForgettingWatch(Callback):
 
     def _log(self, trainer: Trainer, nats: Mapping[str, NDArray[np.float64]], kl: float = 0.0) -> None:
         """A point of each curve."""
-        if trainer.logger is None:
-            return
         points = {
             MEASURES["watched"].of(name): float(nats_N.sum()) / np.log(2) / self.watched.texts[name].num_bytes
             for name, nats_N in nats.items()
         }
-        trainer.logger.log_metrics({**points, MEASURES["kl"].metric: kl}, step=trainer.global_step)
+        for logger in trainer.loggers:
+            logger.log_metrics({**points, MEASURES["kl"].metric: kl}, step=trainer.global_step)
 
     def _warn(self, step: int, rises: Mapping[str, Rise], kl: float) -> None:
         """Name the distributions that fall, in one line."""

@@ -28,11 +28,14 @@ def require_trainer(config: TrainerConfig) -> None:
     """
     every_machine_has_it = config.devices == 1 and config.accelerator in ("auto", "cpu")
     is_plain = config.strategy in ("auto", "ddp") and not config.benchmark and not config.detect_anomaly
-    if not (every_machine_has_it and is_plain and config.deterministic is None and config.profiler is None):
+    names_classes = bool(config.callbacks or config.logger)
+    is_default = config.deterministic is None and config.profiler is None and not names_classes
+    if not (every_machine_has_it and is_plain and is_default):
         with importing_lightning():
-            from lifelong_moe.training.loop.trainer import build_trainer
+            from lifelong_moe.training.loop.trainer import build_trainer, own_callbacks, own_loggers
 
-        build_trainer(config, 1)
+        # Classes of the user's own are built once only to see that they can be.
+        build_trainer(config, 1, own_callbacks(config), own_loggers(config))
         return
     # As Lightning's Trainer does, but `use_deterministic_algorithms` would import the compiler, which takes a second.
     on_cpu = config.accelerator == "cpu" or not torch.cuda.is_available()

@@ -24,7 +24,7 @@ from lifelong_moe.training.loop.module import StageModule
 from lifelong_moe.training.loop.random_state import seed_rank
 from lifelong_moe.training.loop.ranks import run_ranks
 from lifelong_moe.training.loop.rollback import NonfiniteStepsError
-from lifelong_moe.training.loop.trainer import build_trainer
+from lifelong_moe.training.loop.trainer import build_trainer, own_callbacks, own_loggers
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,8 @@ class PhaseFit:
         logger = BatchedLogger(run.stage.spec.name, environment.run_id, send, run.first_step) if rank == 0 else None
         resumption = Resumption(run.resume)
         callbacks = [resumption, *self._callbacks(rank, interrupt)]
-        trainer = build_trainer(environment.trainer, steps, callbacks, logger)
+        loggers = [] if logger is None else [logger, *own_loggers(environment.trainer)]
+        trainer = build_trainer(environment.trainer, steps, callbacks, loggers)
         keep_freed_memory()
         if rank and run.resume is None:
             # It was forked with rank 0's generator, and would draw the same noise.
@@ -93,6 +94,7 @@ class PhaseFit:
             ),
             *([] if self.stopping is None else [self.stopping]),
             *collapse_warning(spec, config.log_every_n_steps if rank == 0 else None),
+            *own_callbacks(config),
             # Last, so that a checkpoint holds the state of all others after this step.
             StepCheckpoint(run.stage.work, run.number, checkpoint.every_steps, checkpoint.keep, interrupt),
         ]

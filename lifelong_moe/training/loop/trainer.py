@@ -10,16 +10,17 @@ from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from lightning.fabric.plugins.io.checkpoint_io import CheckpointIO
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.loggers import Logger
 from lightning.pytorch.strategies import DDPStrategy
 
 from lifelong_moe.config.training import TrainerConfig
 from lifelong_moe.errors import ConfigError
 from lifelong_moe.training.callbacks.checkpoint import SafeCheckpointIO
-from lifelong_moe.training.callbacks.logger import BatchedLogger
+from lifelong_moe.training.callbacks.own import build_own
 
 
 def build_trainer(
-    config: TrainerConfig, steps: int, callbacks: Sequence[Callback] = (), logger: BatchedLogger | None = None
+    config: TrainerConfig, steps: int, callbacks: Sequence[Callback] = (), loggers: Sequence[Logger] = ()
 ) -> Trainer:
     """A Lightning Trainer for ``steps`` steps.
 
@@ -46,7 +47,7 @@ def build_trainer(
             max_steps=steps,
             max_epochs=-1,
             callbacks=list(callbacks),
-            logger=logger or False,
+            logger=list(loggers) or False,
             plugins=[*plugins],
             # StepBatchSampler, StepCheckpoint and ProgressReport take the place of Lightning's own.
             use_distributed_sampler=False,
@@ -62,6 +63,16 @@ def build_trainer(
             f"CPU only so far. Set trainer.devices=1, or trainer.accelerator=cpu."
         )
     return trainer
+
+
+def own_callbacks(config: TrainerConfig) -> list[Callback]:
+    """New instances of the callbacks that the configuration names."""
+    return build_own(config.callbacks, Callback, "trainer.callbacks")
+
+
+def own_loggers(config: TrainerConfig) -> list[Logger]:
+    """New instances of the loggers that the configuration names."""
+    return build_own(config.logger, Logger, "trainer.logger")
 
 
 def _strategy(config: TrainerConfig) -> tuple[str | DDPStrategy, list[CheckpointIO | ClusterEnvironment]]:

@@ -46,7 +46,8 @@ class Steps:
         self.points: list[tuple[int, dict[str, float]]] = []
         logger = SimpleNamespace(log_metrics=lambda point, step: self.points.append((step, point)))
         self.trainer: Any = SimpleNamespace(
-            global_step=0, max_steps=max_steps, logger=logger, strategy=SimpleNamespace(root_device=None),
+            global_step=0, max_steps=max_steps,
+            loggers=[] if logger is None else [logger], strategy=SimpleNamespace(root_device=None),
             optimizers=[SimpleNamespace(param_groups=[{"lr": 0.1}, {"lr": 0.25}])],
         )  # fmt: skip
         guard = SimpleNamespace(nonfinite_steps=2, skipped_spikes=3)
@@ -118,7 +119,7 @@ class Saving:
         self.callback, self.saved, self.flushed = StepCheckpoint(work, 0, every, keep, self.interrupt), [], []
         self.trainer: Any = SimpleNamespace(
             global_step=0, max_steps=10, world_size=world, accumulate_grad_batches=2, is_global_zero=True,
-            logger=SimpleNamespace(save=lambda: self.flushed.append(len(self.saved))), save_checkpoint=self._save,
+            loggers=[SimpleNamespace(save=lambda: self.flushed.append(len(self.saved)))], save_checkpoint=self._save,
             strategy=SimpleNamespace(reduce_boolean_decision=lambda value, all: value),
         )  # fmt: skip
 

@@ -42,7 +42,7 @@ class Stage:
         self.watch = ForgettingWatch(Watched(stage="three", own="czech", steps=20, **given), first_step, path)
         self.model, self.points = model, list[Row]()
         logger = SimpleNamespace(log_metrics=lambda found, step: self.points.append((step, found)))
-        self.trainer: Any = SimpleNamespace(global_step=0, accumulate_grad_batches=2, logger=logger)
+        self.trainer: Any = SimpleNamespace(global_step=0, accumulate_grad_batches=2, loggers=[logger])
         self.module: Any = SimpleNamespace(model=model)
 
     def begin(self, step: int = 0) -> None:
@@ -189,7 +189,7 @@ def test_a_damaged_start_costs_the_watch_and_not_the_stage(
 
 
 def test_where_nothing_is_logged_it_still_looks(stage: Stage, caplog: pytest.LogCaptureFixture) -> None:
-    stage.trainer.logger = None
+    stage.trainer.loggers = []
     stage.begin()
     stage.take(1, 20)
     assert stage.points == []
