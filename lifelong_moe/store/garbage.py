@@ -42,7 +42,7 @@ CACHE_SECONDS = 30 * 24 * 3600.0
 """A month since it was last opened; what is in the cache can be made again from its text."""
 KEY = re.compile(r"[0-9a-f]{64}")
 """A content key: SHA-256 in hexadecimal."""
-OURS = re.compile(r"[0-9a-f]{16}(-[0-9a-f]{16})?")
+OURS = re.compile(r"(piece-)?[0-9a-f]{16}(-[0-9a-f]{16})?")
 """Names of what work, tokens and readings are kept in. Whatever has another name than ours is not ours to remove."""
 
 

@@ -23,7 +23,8 @@ import numpy as np
 from lifelong_moe.config.data import SourceConfig
 from lifelong_moe.config.retraining.operation import InboxConfig
 from lifelong_moe.config.retraining.policy import HELDOUT_SOURCES, DecisionConfig, GateConfig
-from lifelong_moe.data.text.documents import Document, build_corpus
+from lifelong_moe.data.text.documents import Document
+from lifelong_moe.data.text.split import build_corpus
 from lifelong_moe.retraining.bounds import DocumentLosses, difference_bounds
 from lifelong_moe.retraining.decision import Action, ProbeResult, decide
 from tests.benchmarks.provenance import keep, made_with

@@ -61,12 +61,15 @@ class KnownDocuments(Sequence[Document]):
 
 def summary_of(documents: Sequence[Document]) -> Summary:
     """What is known of documents; those in memory are counted."""
-    if isinstance(documents, KnownDocuments):
-        return documents.summary
+    known = getattr(documents, "summary", None)
+    if isinstance(known, Summary):
+        return known
     return Summary(len(documents), sum(document.num_bytes for document in documents))
 
 
 def hashes_of(documents: Sequence[Document]) -> tuple[str, ...]:
     """Hashes of documents, in their order."""
-    known = documents.summary.hashes if isinstance(documents, KnownDocuments) else None
-    return tuple(document.hash for document in documents) if known is None else known
+    known = getattr(documents, "summary", None)
+    if isinstance(known, Summary) and known.hashes is not None:
+        return known.hashes
+    return tuple(document.hash for document in documents)

@@ -9,6 +9,7 @@ Legend: D documents, R known documents, W distinct runs.
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
@@ -17,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lifelong_moe.data.text.documents import SHORT_TEXT, Corpus, Document, documents_hash, letters
+from lifelong_moe.data.text.spool import SpooledDocuments, chosen, unit_hash
 from lifelong_moe.errors import DataError
 
 if TYPE_CHECKING:
@@ -91,10 +93,11 @@ class _Texts:
     """Documents as rows of a matrix over the runs of a table."""
 
     has_DW: sparse.csr_array
-    """1 where a document has a run, int64; runs that are not in the table are not there."""
+    """1 where a document has a run, int32; runs that are not in the table are not there."""
     size_D: NDArray[np.int64]
     """Runs of each document, those that are not in the table too."""
-    sources: list[str]
+    source_D: NDArray[np.uint64]
+    """A hash of each document's source, of 64 bits."""
 
     @classmethod
     def of(cls, documents: Sequence[Document], table: _Table) -> _Texts:
@@ -102,16 +105,19 @@ class _Texts:
         # Imported here: importing scipy takes as long as answering a command about a run may take.
         from scipy import sparse
 
-        rows, sizes = [], []
+        columns, lengths, sizes, sources = array("i"), array("q", [0]), array("q"), array("Q")
         for document in documents:
             runs = ngrams(document.text)
-            rows.append(table.places(runs))
+            found = table.places(runs).astype(np.int32)
+            columns.frombytes(found.tobytes())
+            lengths.append(len(found))
             sizes.append(len(runs))
-        ends = np.concatenate([[0], np.cumsum([len(row) for row in rows])]).astype(np.int64)
-        columns = np.concatenate([np.zeros(0, np.int64), *rows])
-        # int64: products of these matrices count shared runs, which would overflow a byte.
-        has = sparse.csr_array((np.ones(len(columns), np.int64), columns, ends), shape=(len(rows), len(table.runs_W)))
-        return cls(has, np.array(sizes, dtype=np.int64), [document.source for document in documents])
+            sources.append(int.from_bytes(unit_hash("split", document.source)[:8], "big"))
+        # Numbers of 32 bits: they count shared runs, which would overflow a byte, and there are as many as runs.
+        columns_N, ends = np.frombuffer(columns, np.int32), np.cumsum(lengths)
+        shape = (len(sizes), len(table.runs_W))
+        has = sparse.csr_array((np.ones(len(columns_N), np.int32), columns_N, ends), shape=shape)
+        return cls(has, np.array(sizes, np.int64), np.array(sources, np.uint64))
 
 
 def near_copies(documents: Sequence[Document], known: Sequence[Document], *, may_contain: bool) -> list[bool]:
@@ -160,10 +166,13 @@ def without_near_copies(
     found = {}
     for name, corpus in corpora.items():
         # From the split on, so that calling this again with more held-out text gives the same as one call.
-        train = sorted([*corpus.train, *corpus.near_copies], key=lambda document: document.hash)
+        train = corpus.train
+        # Documents of a spool are in order of hash already, and need not be held.
+        if corpus.near_copies or not isinstance(train, SpooledDocuments):
+            train = sorted([*corpus.train, *corpus.near_copies], key=lambda document: document.hash)
         trained = _Texts.of(train, table)
         rows = np.flatnonzero(owner == name)
-        held_here = _Texts(heldout.has_DW[rows], heldout.size_D[rows], [heldout.sources[i] for i in rows])
+        held_here = _Texts(heldout.has_DW[rows], heldout.size_D[rows], heldout.source_D[rows])
         # Common runs are those of this distribution alone: another one must not make held-out text "common".
         copies = _judge(trained, heldout, _common([trained, held_here]), may_contain=False)
         if copies.all():
@@ -171,15 +180,10 @@ def without_near_copies(
                 f"distributions.{name}: all {len(train)} training documents are near copies of held-out text; let "
                 f"versions of one text share a source, so that they are split together."
             )
-        kept, left = (
-            [d for d, is_copy in zip(train, copies, strict=True) if is_copy == side] for side in (False, True)
-        )
+        kept, left = (chosen(train, copies == side) for side in (False, True))
+        digest = corpus.train_hash if len(kept) == len(corpus.train) else documents_hash(kept)
         found[name] = replace(
-            corpus,
-            train=kept,
-            train_hash=documents_hash(kept),
-            near_copies=left,
-            before_near_copies=corpus.split_hash,
+            corpus, train=kept, train_hash=digest, near_copies=left, before_near_copies=corpus.split_hash
         )
     return found
 
@@ -189,15 +193,15 @@ def _common(texts: Sequence[_Texts]) -> NDArray[np.bool_]:
     from scipy import sparse
 
     has_DW = sparse.vstack([text.has_DW for text in texts], format="csr")
-    _, source_D = np.unique([source for text in texts for source in text.sources], return_inverse=True)
+    _, source_D = np.unique(np.concatenate([text.source_D for text in texts]), return_inverse=True)
     documents = np.arange(len(source_D))
-    of_SD = sparse.csr_array((np.ones(len(source_D), np.int64), (source_D, documents)))
+    of_SD = sparse.csr_array((np.ones(len(source_D), np.int32), (source_D, documents)))
     return np.bincount((of_SD @ has_DW).indices, minlength=has_DW.shape[1]) > COMMON_SOURCES
 
 
 def _judge(new: _Texts, known: _Texts, common_W: NDArray[np.bool_], may_contain: bool) -> NDArray[np.bool_]:
     """Which new documents are near copies of known ones, bool ``(D,)``."""
-    own_D, own_R = (text.size_D - text.has_DW @ common_W.astype(np.int64) for text in (new, known))
+    own_D, own_R = (text.size_D - text.has_DW @ common_W.astype(np.int32) for text in (new, known))
     rare = np.flatnonzero(~common_W)
     pairs = (new.has_DW[:, rare] @ known.has_DW[:, rare].T).tocoo()
     is_copy = np.zeros(len(own_D), dtype=bool)
@@ -208,5 +212,5 @@ def _judge(new: _Texts, known: _Texts, common_W: NDArray[np.bool_], may_contain:
         is_copy[pairs.row[judged[side] & (pairs.data >= SHARE * own[side])]] = True
     # New text with almost no run of its own is a copy if half of all its runs, common ones too, are known.
     is_known_W = np.bincount(known.has_DW.indices, minlength=len(common_W)) > 0
-    shared_D = new.has_DW @ is_known_W.astype(np.int64)
+    shared_D = new.has_DW @ is_known_W.astype(np.int32)
     return is_copy | ((new.size_D >= LEAST) & (own_D < LEAST_OWN * new.size_D) & (shared_D >= SHARE * new.size_D))

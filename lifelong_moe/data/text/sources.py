@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from lifelong_moe.config.data import HUB_ID, SourceConfig, patterns
-from lifelong_moe.data.text.documents import Corpus, Document, build_corpus, heldout_part
+from lifelong_moe.data.text.documents import Corpus, Document
 from lifelong_moe.data.text.kept import rows_sha256
 from lifelong_moe.data.text.known import KnownDocuments, Summary, summary_of
 from lifelong_moe.data.text.manifest import (
@@ -22,6 +22,7 @@ from lifelong_moe.data.text.manifest import (
     split_manifest,
     write_split,
 )
+from lifelong_moe.data.text.split import build_corpus, heldout_part
 from lifelong_moe.errors import DataError
 from lifelong_moe.storage.opening import open_regular
 
@@ -47,7 +48,7 @@ def read_corpus(name: str, config: SourceConfig, cache: Path, within: Sequence[P
     if config.hf is not None:
         from lifelong_moe.data.text.hub import hub_documents
 
-        return build_corpus(name, hub_documents(config, asks=within is None), config)
+        return build_corpus(name, hub_documents(config, asks=within is None), config, cache=cache)
     known, mode = split_manifest(config, _paths(config, cache), cache)
     if known is None:
         return _read(name, config, cache)
@@ -92,7 +93,7 @@ def _read(name: str, config: SourceConfig, cache: Path) -> Corpus:
     if config.builtin is not None:
         from lifelong_moe.data.text.builtin import builtin_documents, builtin_path
 
-        corpus = build_corpus(name, builtin_documents(config.builtin, cache), config)
+        corpus = build_corpus(name, builtin_documents(config.builtin, cache), config, cache=cache)
         path = builtin_path(config.builtin, cache)
         # The text of packages is kept in a file of the cache, unless that cannot be written.
         with suppress(OSError), open_regular(path, follow=False) as file:
@@ -101,9 +102,8 @@ def _read(name: str, config: SourceConfig, cache: Path) -> Corpus:
         from lifelong_moe.data.text.files import FilesReading, mode_of, settled
 
         heldout = None if config.heldout_files is None else FilesReading(config.heldout_files, config)
-        held = None if heldout is None else list(heldout)
         reading = FilesReading(config.files, config)
-        corpus = build_corpus(name, list(reading), config, held)
+        corpus = build_corpus(name, reading, config, heldout, cache)
         both = [reading] if heldout is None else [reading, heldout]
         files = tuple(file for one in both for file in one.outcomes)
         corpus = replace(corpus, mode=mode_of(path for one in both for path in one.paths), files=files)
@@ -125,7 +125,7 @@ def _manifest(corpus: Corpus, seen: dict[str, SeenFile]) -> SplitManifest:
     return SplitManifest(seen, corpus.files, train, heldout, rows, corpus.duplicates)
 
 
-def heldout_documents(config: SourceConfig, within: Sequence[Path] | None = None) -> list[Document] | None:
+def heldout_documents(config: SourceConfig, within: Sequence[Path] | None = None) -> Sequence[Document] | None:
     """Return the documents of ``heldout_files`` in order of hash; None if the key is not set.
 
     Raises:

@@ -12,13 +12,14 @@ from pathlib import Path
 
 from lifelong_moe.config.data import SourceConfig, TokenizerConfig
 from lifelong_moe.data.formats.outcomes import FileOutcome
-from lifelong_moe.data.text.documents import Corpus, Document, documents_hash, normalized_hash
+from lifelong_moe.data.text.documents import Corpus, Document, documents_hash
 from lifelong_moe.data.text.files import settled
 from lifelong_moe.data.text.kept import rows_sha256
 from lifelong_moe.data.text.known import KnownDocuments, Summary, hashes_of, summary_of
 from lifelong_moe.data.text.manifest import LeftManifest, PartSummary, left_manifest, write_left
 from lifelong_moe.data.text.near_copies import without_near_copies
 from lifelong_moe.data.text.sources import heldout_documents, lies_within, read_corpus
+from lifelong_moe.data.text.spool import same_hashes
 from lifelong_moe.data.tokens.identity import AddedTokens, AddedVocabulary, DataIdentity, TokenizerIdentity
 from lifelong_moe.data.tokens.pairs import with_answers, with_heldout_answers
 from lifelong_moe.data.tokens.records import DIGITS, Remembered, TextRecord
@@ -372,10 +373,11 @@ def _stored_tokenizer(remembered: Remembered, error: LifelongError) -> Tokenizer
 
 def _require_disjoint(heldout: Mapping[str, Sequence[Document]], trained: Mapping[str, Corpus]) -> None:
     """Training text of one distribution must not be held out in another."""
-    held_out = {normalized_hash(d.text): name for name, documents in heldout.items() for d in documents}
+    held_out = {same: name for name, documents in heldout.items() for same in same_hashes(documents)}
     for name, corpus in trained.items():
-        for document in corpus.train:
-            if (other := held_out.get(normalized_hash(document.text))) is not None:
+        for number, same in enumerate(same_hashes(corpus.train)):
+            if (other := held_out.get(same)) is not None:
+                document = corpus.train[number]
                 raise DataError(
                     f"distributions.{name}: {document.origin or document.source}: this training document is held out "
                     f"in {other}; remove it from one of them."

@@ -20,8 +20,10 @@ from typing import Any, overload
 
 import numpy as np
 
-from lifelong_moe.data.text.documents import Corpus, Document
+from lifelong_moe.data.text.documents import Corpus, Document, documents_hash
 from lifelong_moe.data.text.jsonl import SEPARATOR
+from lifelong_moe.data.text.known import summary_of
+from lifelong_moe.data.tokens.known_tokens import DIGEST, KnownTokens, digests_of
 from lifelong_moe.data.tokens.tokenizer import Tokenizer
 from lifelong_moe.errors import CorruptError
 from lifelong_moe.storage.directories import new_directory, remove_directory
@@ -35,10 +37,17 @@ FORMAT_VERSION = 1
 _FILES = ("tokens.bin", "offsets.bin", "text_bytes.bin")
 _ANSWERS = "answer_bytes.bin"
 """There too where a document has an answer."""
+_DIGESTS = "digests.bin"
+"""Of each document the first half of its SHA-256; earlier versions wrote none."""
+_PIECE = "piece-"
+_MOST_OTHERS = 1000
+"""Shards that are looked at for tokens of documents; pieces of 30 GB are as many."""
 _VERIFIED = "verified.json"
 """Beside them, the notes on files that were hashed."""
 _BATCH_BYTES = 4 << 20
 """Text encoded at a time; bounds memory."""
+PIECE_BYTES = 32 << 20
+"""Text after which tokens are kept, though the shard is not finished; of smaller text none is looked for, either."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,6 +64,8 @@ class TokenShard:
     """Token between prompt and answer, where only answers count."""
     answer_bytes: np.ndarray | None = None
     """UTF-8 bytes of each text after its separator, int64 ``(num_documents,)``; None if that is not known."""
+    digests: np.ndarray | None = None
+    """See :data:`lifelong_moe.data.tokens.known_tokens.DIGEST`, ``(num_documents,)``; None if they are not known."""
 
     @property
     def num_tokens(self) -> int:
@@ -180,10 +191,10 @@ def _open(directory: Path, vocab_size: int) -> TokenShard | None:
     manifest = _read_manifest(directory)
     if manifest is None:
         return None
-    names = (*_FILES, _ANSWERS) if _ANSWERS in manifest["files"] else _FILES
+    names = [name for name in (*_FILES, _ANSWERS, _DIGESTS) if name in manifest["files"]]
     notes = Remembered(directory / _VERIFIED)
     with ExitStack() as stack:
-        files, are_known = [], True
+        files, are_known = dict[str, BufferedReader](), True
         for name in names:
             entry = manifest["files"][name]
             try:
@@ -200,15 +211,16 @@ def _open(directory: Path, vocab_size: int) -> TokenShard | None:
                     return None
                 are_known = False
                 notes.note(name, seen)
-            files.append(file)
-        tokens, offsets, text_bytes, *answers = files
+            files[name] = file
+        tokens, offsets, text_bytes = (files[name] for name in _FILES)
         try:
             shard = TokenShard(
                 # Only tokens are mapped, which may exceed memory; the other arrays have one number per document.
                 tokens=np.memmap(tokens, dtype=manifest["dtype"], mode="r"),
                 offsets=np.fromfile(offsets, dtype="<i8"),
                 text_bytes=np.fromfile(text_bytes, dtype="<i8"),
-                answer_bytes=np.fromfile(answers[0], dtype="<i8") if answers else None,
+                answer_bytes=np.fromfile(files[_ANSWERS], dtype="<i8") if _ANSWERS in files else None,
+                digests=np.memmap(files[_DIGESTS], dtype=DIGEST, mode="r") if _DIGESTS in files else None,
             )
         except ValueError:  # no whole number of tokens, or none
             return None
@@ -229,7 +241,7 @@ def _is_consistent(shard: TokenShard, vocab_size: int) -> bool:
     offsets = shard.offsets
     if len(offsets) != shard.num_documents + 1 or offsets[0] != 0 or offsets[-1] != shard.num_tokens:
         return False
-    if shard.answer_bytes is not None and len(shard.answer_bytes) != shard.num_documents:
+    if any(one is not None and len(one) != shard.num_documents for one in (shard.answer_bytes, shard.digests)):
         return False
     return bool((np.diff(offsets) > 0).all()) and int(shard.tokens.max()) < vocab_size
 
@@ -241,7 +253,7 @@ def _read_manifest(directory: Path) -> dict[str, Any] | None:
         if manifest["version"] != FORMAT_VERSION or manifest["dtype"] not in ("<u2", "<u4"):
             return None
         files = manifest["files"]
-        if any(set(files[name]) != {"size", "sha256"} for name in (*_FILES, *({_ANSWERS} & files.keys()))):
+        if any(set(files[name]) != {"size", "sha256"} for name in {*_FILES, *files.keys()}):
             return None
     # Missing or damaged is the same: a cache is made again and never an error.
     except (OSError, CorruptError, KeyError, TypeError):
@@ -250,35 +262,141 @@ def _read_manifest(directory: Path) -> dict[str, Any] | None:
 
 
 def _build(documents: Sequence[Document], directory: Path, tokenizer: Tokenizer, mode: int) -> None:
+    known, pieces = KnownTokens(), list[Path]()
+    is_large = summary_of(documents).bytes >= PIECE_BYTES
+    if is_large:
+        for other, shard in _others(directory, tokenizer.vocab_size):
+            known.add(shard.digests, shard.tokens, shard.offsets)
+            pieces += [other] if other.name.startswith(_PIECE) else []
     with new_directory(directory, mode) as work:
         # Little-endian by name, so that a cache can be copied between machines.
         dtype = "<u2" if tokenizer.vocab_size <= 1 << 16 else "<u4"
-        _write_arrays(documents, work, tokenizer, dtype)
-        names = sorted(path.name for path in work.iterdir())
-        files = {name: {"size": (work / name).stat().st_size, "sha256": file_sha256(work / name)} for name in names}
-        manifest = canonical_json({"version": FORMAT_VERSION, "dtype": dtype, "files": files})
-        (work / "manifest.json").write_text(manifest, encoding="utf-8")
+        parent = directory.parent if is_large else None
+        made = _Pieces(parent, tokenizer, dtype, mode)
+        _write_arrays(documents, work, tokenizer, dtype, known, made)
+        _write_manifest(work, dtype)
         if directory.exists() and _open(directory, tokenizer.vocab_size) is None:
             # Damaged. A whole one was written meanwhile by another process, and is kept.
             remove_directory(directory)
+    for piece in (*pieces, *made.written):
+        # Another process may be done with it, too.
+        with suppress(OSError):
+            remove_directory(piece)
 
 
-def _write_arrays(documents: Sequence[Document], work: Path, tokenizer: Tokenizer, dtype: str) -> None:
-    # A number takes eight bytes here, four times as much in a list.
-    lengths, text_bytes, answer_bytes = array("q"), array("q"), array("q")
+def _write_manifest(work: Path, dtype: str) -> None:
+    names = sorted(path.name for path in work.iterdir())
+    files = {name: {"size": (work / name).stat().st_size, "sha256": file_sha256(work / name)} for name in names}
+    manifest = canonical_json({"version": FORMAT_VERSION, "dtype": dtype, "files": files})
+    (work / "manifest.json").write_text(manifest, encoding="utf-8")
+
+
+def _others(directory: Path, vocab_size: int) -> Iterator[tuple[Path, TokenShard]]:
+    """Further text that the same tokenizer cut, the newest first, and its pieces."""
+    suffix = directory.name.rpartition("-")[2]
+    found: list[tuple[float, Path]] = []
+    for path in directory.parent.glob(f"*-{suffix}"):
+        # Removed by now, perhaps.
+        with suppress(OSError):
+            found.append((-(path / "manifest.json").stat().st_mtime, path))
+    for _, path in sorted(found)[:_MOST_OTHERS]:
+        if path != directory and (shard := _open(path, vocab_size)) is not None and shard.digests is not None:
+            yield path, shard
+
+
+class _Pieces:
+    """Keeps new tokens as they are made, a piece after the other, so that a killed process need not make them again."""
+
+    def __init__(self, parent: Path | None, tokenizer: Tokenizer, dtype: str, mode: int) -> None:
+        self._parent, self._dtype, self._mode = parent, dtype, mode
+        self._suffix = tokenizer.tokens_hash[:SHORT]
+        self._rows, self._documents, self._num_bytes = list[bytes](), list[Document](), 0
+        self.written: list[Path] = []
+
+    def add(self, document: Document, row: bytes) -> None:
+        """Add a document and its tokens, in order of hash."""
+        if self._parent is None:
+            return
+        self._rows.append(row)
+        # Without its text: what is needed of it is counted now.
+        self._documents.append(document)
+        self._num_bytes += document.num_bytes
+        if self._num_bytes >= PIECE_BYTES:
+            self._write(self._parent)
+            self._rows, self._documents, self._num_bytes = [], [], 0
+
+    def _write(self, parent: Path) -> None:
+        path = parent / f"{_PIECE}{documents_hash(self._documents)[:SHORT]}-{self._suffix}"
+        with new_directory(path, self._mode) as work:
+            arrays = _Arrays(self._documents)
+            width = int(self._dtype[-1])
+            arrays.lengths.extend(len(row) // width for row in self._rows)
+            (work / _FILES[0]).write_bytes(b"".join(self._rows))
+            arrays.write(work)
+            _write_manifest(work, self._dtype)
+        self.written.append(path)
+
+
+class _Arrays:
+    """The numbers of each document."""
+
+    def __init__(self, documents: Sequence[Document] = ()) -> None:
+        # A number takes eight bytes here, four times as much in a list.
+        self.lengths, self.text_bytes, self.answer_bytes = array("q"), array("q"), array("q")
+        self.digests = bytearray()
+        self.add(documents)
+
+    def add(self, documents: Sequence[Document]) -> None:
+        """Add all but the lengths in tokens."""
+        self.text_bytes.extend(document.num_bytes for document in documents)
+        self.answer_bytes.extend(len(document.text.partition(SEPARATOR)[2].encode()) for document in documents)
+        self.digests += digests_of(documents).tobytes()
+
+    def write(self, work: Path) -> None:
+        """Write them beside the tokens."""
+        (work / "offsets.bin").write_bytes(np.concatenate([[0], np.cumsum(self.lengths)]).astype("<i8").tobytes())
+        (work / "text_bytes.bin").write_bytes(np.array(self.text_bytes, dtype="<i8").tobytes())
+        if any(self.answer_bytes):
+            (work / _ANSWERS).write_bytes(np.array(self.answer_bytes, dtype="<i8").tobytes())
+        (work / _DIGESTS).write_bytes(self.digests)
+
+
+def _write_arrays(
+    documents: Sequence[Document],
+    work: Path,
+    tokenizer: Tokenizer,
+    dtype: str,
+    known: KnownTokens | None = None,
+    pieces: _Pieces | None = None,
+) -> None:
+    """Write tokens and numbers.
+
+    Args:
+        documents: In canonical order.
+        work: Folder of the arrays.
+        tokenizer: See :func:`tokenize_corpus`.
+        dtype: Of a token.
+        known: Documents that need not be tokenized.
+        pieces: Keeps the others as they are made.
+    """
+    arrays = _Arrays()
     # Written batch by batch: the tokens of a large distribution need not fit into memory.
     with (work / "tokens.bin").open("wb") as stream:
         for batch in _batches(documents):
-            for ids in tokenizer.encode_batch([document.text for document in batch]):
+            tokens = known.find(digests_of(batch)) if known is not None else [None] * len(batch)
+            rows = [None if one is None else one.astype(dtype).tobytes() for one in tokens]
+            new = [i for i, row in enumerate(rows) if row is None]
+            for i, ids in zip(new, tokenizer.encode_batch([batch[i].text for i in new]), strict=True):
+                rows[i] = row = np.array([tokenizer.bos_id, *ids], dtype=dtype).tobytes()
+                if pieces is not None:
+                    pieces.add(batch[i], row)
+            for row in rows:
+                assert row is not None
                 # Not `tofile`, whose errors give no reason, such as a full disk.
-                stream.write(np.array([tokenizer.bos_id, *ids], dtype=dtype).tobytes())
-                lengths.append(len(ids) + 1)
-            text_bytes.extend(document.num_bytes for document in batch)
-            answer_bytes.extend(len(document.text.partition(SEPARATOR)[2].encode()) for document in batch)
-    if any(answer_bytes):
-        (work / _ANSWERS).write_bytes(np.array(answer_bytes, dtype="<i8").tobytes())
-    (work / "offsets.bin").write_bytes(np.concatenate([[0], np.cumsum(lengths)]).astype("<i8").tobytes())
-    (work / "text_bytes.bin").write_bytes(np.array(text_bytes, dtype="<i8").tobytes())
+                stream.write(row)
+                arrays.lengths.append(len(row) // int(dtype[-1]))
+            arrays.add(batch)
+    arrays.write(work)
 
 
 def _batches(documents: Sequence[Document]) -> Iterator[list[Document]]:

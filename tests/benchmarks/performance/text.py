@@ -14,7 +14,8 @@ from typing import Any
 
 from lifelong_moe.config.data import SourceConfig, TokenizerConfig
 from lifelong_moe.data.text.builtin import english_docs
-from lifelong_moe.data.text.documents import Corpus, Document, build_corpus
+from lifelong_moe.data.text.documents import Corpus, Document
+from lifelong_moe.data.text.split import build_corpus
 from lifelong_moe.data.tokens.shards import tokenize_corpus
 from lifelong_moe.data.tokens.tokenizer import Tokenizer, train_tokenizer
 from tests.benchmarks.performance.clock import Ratio, paired

@@ -203,7 +203,7 @@ def test_real_headers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     torch_was_imported = "torch" in sys.modules
     corpus = read_corpus("headers", SourceConfig(builtin="cpp_headers", max_bytes=100_000), tmp_path)
     assert ("torch" in sys.modules) is torch_was_imported
-    documents = corpus.train + corpus.heldout
+    documents = [*corpus.train, *corpus.heldout]
     assert sum(document.num_bytes for document in documents) > 80_000
     assert all(document.source.startswith("torch/include/c10/core/") for document in documents)
     assert not any("TORCH_STABLE_ONLY) &&" in document.text for document in documents)

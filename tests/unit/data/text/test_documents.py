@@ -6,7 +6,8 @@ import unicodedata
 import pytest
 
 from lifelong_moe.config.data import SourceConfig
-from lifelong_moe.data.text.documents import Document, build_corpus, documents_hash, normalized_hash
+from lifelong_moe.data.text.documents import Document, documents_hash, normalized_hash
+from lifelong_moe.data.text.split import build_corpus
 from lifelong_moe.errors import DataError
 
 CONFIG = SourceConfig(files="unused")
@@ -169,7 +170,7 @@ def test_half_duplicates_pass_and_more_do_not() -> None:
 def test_cap_takes_whole_units_and_is_filled() -> None:
     documents = [Document(f"{unit:03}-{piece}" * 10, f"unit{unit}") for unit in range(100) for piece in range(2)]
     corpus = build_corpus("a", documents, SourceConfig(files="unused", max_bytes=1000))
-    kept = corpus.train + corpus.heldout
+    kept = [*corpus.train, *corpus.heldout]
     assert sum(document.num_bytes for document in kept) == 1000  # units of 2 * 50 bytes
     assert len({document.source for document in kept}) == 10
     assert corpus.heldout

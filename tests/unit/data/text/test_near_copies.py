@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 
 from lifelong_moe.config.data import SourceConfig, TokenizerConfig
-from lifelong_moe.data.text.documents import Corpus, Document, build_corpus, documents_hash, letters
+from lifelong_moe.data.text.documents import Corpus, Document, documents_hash, letters
 from lifelong_moe.data.text.near_copies import FILTER_BITS, _Table, near_copies, ngrams, without_near_copies
+from lifelong_moe.data.text.split import build_corpus
 from lifelong_moe.data.tokens.prepare import prepare_data
 from lifelong_moe.errors import DataError
 

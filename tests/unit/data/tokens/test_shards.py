@@ -3,13 +3,15 @@
 import errno
 import hashlib
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from lifelong_moe.config.data import SourceConfig
-from lifelong_moe.data.text.documents import Corpus, Document, build_corpus
+from lifelong_moe.data.text.documents import Corpus, Document
+from lifelong_moe.data.text.split import build_corpus
 from lifelong_moe.data.tokens import shards
 from lifelong_moe.data.tokens.shards import ShardDocuments, TokenizedCorpus, TokenShard, tokenize_corpus
 from lifelong_moe.data.tokens.tokenizer import Tokenizer, train_tokenizer
@@ -193,3 +195,82 @@ def test_documents_of_several_shards_stand_in_one_row() -> None:
         with pytest.raises(IndexError, match=f"document {index} of 4"):
             documents[index]
     assert len(ShardDocuments([])) == 0
+
+
+def _encoded(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch, most: int = 1 << 30) -> list[str]:
+    """Texts that were encoded; more than ``most`` are as a kill."""
+    texts: list[str] = []
+    original = tokenizer.encode_batch
+
+    def noted(batch: Sequence[str]) -> list[list[int]]:
+        if len(texts) + len(batch) > most:
+            raise KeyboardInterrupt
+        texts.extend(batch)
+        return original(batch)
+
+    monkeypatch.setattr(tokenizer, "encode_batch", noted)
+    return texts
+
+
+def _many(number: int) -> Corpus:
+    texts = [f"text number {n} of many, {'which is long ' * (n % 9)}" for n in range(number)]
+    config = SourceConfig(files="unused", heldout_fraction=0.1)
+    return build_corpus("many", [Document(text, f"s{n}") for n, text in enumerate(texts)], config)
+
+
+@pytest.fixture
+def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shards, "PIECE_BYTES", 900)
+    monkeypatch.setattr(shards, "_BATCH_BYTES", 200)
+
+
+@pytest.mark.usefixtures("small_pieces")
+@pytest.mark.parametrize("most", [3, 40, 100, 170])
+def test_a_killed_process_goes_on(
+    most: int, tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    corpus = _many(200)
+    whole = tokenize_corpus(corpus, tokenizer, tmp_path / "whole")
+    with monkeypatch.context() as patch:
+        texts = _encoded(tokenizer, patch, most)
+        with pytest.raises(KeyboardInterrupt):
+            tokenize_corpus(corpus, tokenizer, tmp_path)
+        done = len(texts)
+    kept = sum(
+        json.loads(path.read_text())["files"]["text_bytes.bin"]["size"] // 8
+        for path in tmp_path.glob("tokens/piece-*/manifest.json")
+    )
+    assert done - kept < 40
+    texts = _encoded(tokenizer, monkeypatch)
+    again = tokenize_corpus(corpus, tokenizer, tmp_path)
+    assert _same(whole, again) and len(texts) == 200 - kept
+    assert not list(tmp_path.glob("tokens/piece-*"))
+    for path in (tmp_path / "whole/tokens").rglob("*.bin"):
+        assert path.read_bytes() == (tmp_path / "tokens" / path.parent.name / path.name).read_bytes()
+
+
+@pytest.mark.usefixtures("small_pieces")
+def test_a_grown_corpus_costs_what_is_new(
+    tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokenize_corpus(_many(200), tokenizer, tmp_path)
+    whole = tokenize_corpus(_many(230), tokenizer, tmp_path / "whole")
+    texts = _encoded(tokenizer, monkeypatch)
+    assert _same(whole, tokenize_corpus(_many(230), tokenizer, tmp_path))
+    # What a unit's hash moved to the other side may be among them.
+    assert 20 <= len(texts) <= 60
+
+
+@pytest.mark.usefixtures("small_pieces")
+@pytest.mark.parametrize("damage", ["digests.bin", "tokens.bin"])
+def test_damaged_tokens_are_not_taken_over(
+    damage: str, tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokenize_corpus(_many(200), tokenizer, tmp_path)
+    whole = tokenize_corpus(_many(230), tokenizer, tmp_path / "whole")
+    for path in tmp_path.glob(f"tokens/*/{damage}"):
+        data = bytearray(path.read_bytes())
+        data[-1] ^= 1
+        path.write_bytes(data)
+    texts = _encoded(tokenizer, monkeypatch)
+    assert _same(whole, tokenize_corpus(_many(230), tokenizer, tmp_path)) and len(texts) == 230
