@@ -60,9 +60,17 @@ def remove_temporary(root: Path) -> int:
     Those locked on this machine go as soon as the lock is free. The rest, of other machines and of earlier versions, go
     once nothing in them has changed for a day.
     """
+    return sum(_remove_abandoned(path) for path in _temporary(root))
+
+
+def find_temporary(root: Path) -> list[Path]:
+    """What :func:`remove_temporary` would remove."""
+    return sorted(path for path in _temporary(root) if _is_abandoned(path))
+
+
+def _temporary(root: Path) -> Iterator[Path]:
     patterns = ["*/" * depth + _TMP + "*" for depth in range(_DEPTH + 1)]
-    found = (path for pattern in patterns for path in root.glob(pattern) if _NAME.fullmatch(path.name))
-    return sum(_remove_abandoned(path) for path in found)
+    return (path for pattern in patterns for path in root.glob(pattern) if _NAME.fullmatch(path.name))
 
 
 def remove_dead(folder: Path) -> int:
@@ -80,6 +88,17 @@ def _machine() -> str:
     with suppress(OSError):
         return f"@{Path('/proc/sys/kernel/random/boot_id').read_text()[:8]}"
     return f"@{socket.gethostname()}"
+
+
+def _is_abandoned(path: Path) -> bool:
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    except OSError:  # gone by now, or another user's
+        return False
+    try:
+        return not _may_be_written(path, descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _remove_abandoned(path: Path) -> bool:

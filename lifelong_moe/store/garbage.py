@@ -6,7 +6,8 @@ Removed are:
   period reaches them, directly or as a parent or holder of borrowed tensors;
 - evaluations, signatures and work directories of stages that are gone, and held-out text that no head and no live plan
   names;
-- token shards, and what generations said of held-out text, that were not opened for a month;
+- token shards, what generations said of held-out text, and what came of files, that were not opened for a month;
+- half-written files of processes that are gone;
 - the text of batches that no head and no live plan names, or that every run which knows the batch lets go.
 
 Grace period: nothing younger than a day is collected, but for shards and text that runs let go. Age is measured by two
@@ -26,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from lifelong_moe.data.text.batches import COPY, MANIFEST, BatchStore, read_manifest
+from lifelong_moe.data.text.manifest import FOLDER
 from lifelong_moe.errors import CorruptError
 from lifelong_moe.storage.directories import remove_directory
 from lifelong_moe.storage.grammars import Key
@@ -34,7 +36,7 @@ from lifelong_moe.storage.locks import locked
 from lifelong_moe.storage.plain import PlainError, from_plain, require_same
 from lifelong_moe.storage.remembered import VERIFIED
 from lifelong_moe.storage.stored import naming, read_json
-from lifelong_moe.storage.temporary import GRACE_SECONDS
+from lifelong_moe.storage.temporary import GRACE_SECONDS, find_temporary
 from lifelong_moe.store.batch_text import read_heads, removable_texts, remove_batch_text
 from lifelong_moe.store.evaluations import read_evaluations
 
@@ -72,6 +74,10 @@ class Garbage:
     """Directories of token shards."""
     readings: list[Stored]
     """Files of what generations said of held-out text."""
+    manifests: list[Stored]
+    """Files of what came of a distribution's files."""
+    abandoned: list[Stored]
+    """Half-written files of processes that are gone, which the next start removes too."""
     texts: list[Stored]
     """Text of batches: the whole directory of an unknown batch, else the file of documents that its runs let go."""
     young: list[Stored]
@@ -80,7 +86,8 @@ class Garbage:
     def bytes(self) -> int:
         """Disk space that the removal frees."""
         kinds = (self.stages, self.evaluations, self.signatures, self.work, self.heldout, self.tokens, self.readings)
-        return sum(stored.bytes for found in (*kinds, self.texts) for stored in found)
+        more = (self.manifests, self.abandoned, self.texts)
+        return sum(stored.bytes for found in (*kinds, *more) for stored in found)
 
 
 def mentioned(value: Any) -> set[str]:
@@ -154,6 +161,8 @@ def find_garbage(root: Path, cache: Path, now: float, grace: float = GRACE_SECON
         heldout=[s for s in heldout if s.changed <= limit],
         tokens=[s for s in _tokens(cache) if s.changed < clock - CACHE_SECONDS],
         readings=[s for s in _readings(cache) if s.changed < clock - CACHE_SECONDS],
+        manifests=[s for s in _manifests(cache) if s.changed < clock - CACHE_SECONDS],
+        abandoned=[_stored(path, path.name) for top in (root, cache) for path in find_temporary(top)],
         texts=[*(s for s in unknown if s.changed <= limit), *_removable_texts(root)],
         young=[
             *(stages[key] for key in sorted(stages.keys() & live - held)),
@@ -176,7 +185,7 @@ def collect(root: Path, cache: Path, now: float, grace: float = GRACE_SECONDS) -
             if OURS.fullmatch(path.name):
                 held.enter_context(locked(path / ".lock", f"stage {path.name}"))
         garbage = find_garbage(root, cache, now, grace)
-        for stored in (*garbage.evaluations, *garbage.heldout, *garbage.readings):
+        for stored in (*garbage.evaluations, *garbage.heldout, *garbage.readings, *garbage.manifests):
             stored.path.unlink(missing_ok=True)
         heads = read_heads(root)
         # Text goes by what the heads say now, under all locks, and takes its token shards along.
@@ -309,6 +318,10 @@ def _tokens(cache: Path) -> list[Stored]:
 
 def _readings(cache: Path) -> list[Stored]:
     return [_stored_file(path) for path in sorted(cache.glob("readings/*.safetensors")) if OURS.fullmatch(path.stem)]
+
+
+def _manifests(cache: Path) -> list[Stored]:
+    return [_stored_file(path) for path in sorted(cache.glob(f"{FOLDER}/*.json")) if OURS.fullmatch(path.stem)]
 
 
 def _stored_file(path: Path) -> Stored:

@@ -9,6 +9,7 @@ from rich.table import Table
 
 from lifelong_moe.clustering.unigrams import unigram_divergence
 from lifelong_moe.config.load import LoadedConfig, written_config
+from lifelong_moe.data.formats.progress import telling
 from lifelong_moe.data.tokens.packing import epochs
 from lifelong_moe.measures import duration
 from lifelong_moe.plan.advice import (
@@ -43,7 +44,7 @@ COMPARED_TOKENS = 200_000
 
 def plan(loaded: LoadedConfig, console: Console) -> dict[str, Any]:
     """Show the stages with keys, sizes and cost; returns the same as plain data."""
-    with console.status("reading and tokenizing the distributions"):
+    with console.status("reading and tokenizing the distributions") as status, telling(status.update):
         prepared = prepare(loaded)
     store = StageStore(ROOT)
     head = RunRecord(ROOT, prepared.config.run).head()

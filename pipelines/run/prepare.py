@@ -7,9 +7,10 @@ from typing import Any
 from rich.console import Console
 
 from lifelong_moe.config.load import LoadedConfig
+from lifelong_moe.data.formats.progress import telling
 from lifelong_moe.data.text.manifest import forget
 from pipelines.run.file_list import show_data
-from pipelines.shared.places import CACHE
+from pipelines.shared.places import CACHE, remove_abandoned
 from pipelines.shared.workspace import prepare as prepare_run
 
 
@@ -21,9 +22,10 @@ def prepare(loaded: LoadedConfig, console: Console, *, verify: bool = False) -> 
         console: Where people read.
         verify: Read again what is known of files that nothing has touched, and of tokens.
     """
+    remove_abandoned()
     if verify:
         forget(CACHE)
-    with console.status("reading and tokenizing the distributions"):
+    with console.status("reading and tokenizing the distributions") as status, telling(status.update):
         prepared = prepare_run(loaded)
     files = show_data(console, prepared)
     return {

@@ -13,6 +13,7 @@ from rich.console import Console
 
 from lifelong_moe.config.load import LoadedConfig, written_config
 from lifelong_moe.config.run import RunConfig
+from lifelong_moe.data.formats.progress import telling
 from lifelong_moe.data.tokens.prepare import PreparedData
 from lifelong_moe.errors import TryAgainError
 from lifelong_moe.evaluation.loss import Evaluation
@@ -81,7 +82,7 @@ def run(
         allow_own(loaded.config.trainer)  # its user gave the configuration to this command
         # A device that this machine lacks is refused before anything is written.
         require_trainer(loaded.config.trainer)
-        with console.status("reading and tokenizing the distributions"):
+        with console.status("reading and tokenizing the distributions") as status, telling(status.update):
             prepared = prepare(loaded, memory)
         record, store = RunRecord(ROOT, prepared.config.run), StageStore(ROOT)
         todo = [planned for planned in prepared.plan if store.find(planned.key) is None]

@@ -27,7 +27,8 @@ def gc(apply: bool, console: Console) -> Mapping[str, Any]:
     if apply:
         remove_abandoned()
     _print(console, garbage, apply)
-    names = ("stages", "evaluations", "signatures", "work", "heldout", "tokens", "readings", "texts", "young")
+    names = ["stages", "evaluations", "signatures", "work", "heldout", "tokens", "readings", "manifests", "abandoned"]
+    names += ["texts", "young"]
     kinds = {name: getattr(garbage, name) for name in names}
     listed = {kind: [{"path": str(s.path), "bytes": s.bytes} for s in found] for kind, found in kinds.items()}
     return {"removed": apply, "bytes": garbage.bytes, **listed}
@@ -37,7 +38,8 @@ def _print(console: Console, garbage: Garbage, applied: bool) -> None:
     kinds = [("stage", garbage.stages), ("evaluation", garbage.evaluations), ("signature", garbage.signatures)]
     kinds += [("work", garbage.work)]
     kinds += [("held-out set", garbage.heldout), ("token cache", garbage.tokens)]
-    kinds += [("reading", garbage.readings), ("batch text", garbage.texts)]
+    kinds += [("reading", garbage.readings), ("manifest", garbage.manifests), ("half-written", garbage.abandoned)]
+    kinds += [("batch text", garbage.texts)]
     table = Table(title="removed" if applied else "nothing refers to", title_justify="left")
     for header in ("", "path", "MB"):
         table.add_column(header, justify="right" if header == "MB" else "left")
@@ -46,7 +48,7 @@ def _print(console: Console, garbage: Garbage, applied: bool) -> None:
             table.add_row(kind, str(stored.path), _megabytes(stored))
     if table.row_count:
         show(console, table)
-    counts = ", ".join(f"{len(found)} {kind}{'' if kind == 'work' else 's'}" for kind, found in kinds)
+    counts = ", ".join(f"{len(found)} {kind}{'' if kind in ('work', 'half-written') else 's'}" for kind, found in kinds)
     done = "removed" if applied else "nothing removed; --apply removes"
     console.print(f"{done}: {counts}, {garbage.bytes / 1e6:.1f} MB")
     # A process may have written them for a run whose head it has not saved yet.

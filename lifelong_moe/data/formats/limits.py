@@ -23,7 +23,7 @@ MAX_RATIO = 200
 ALLOWANCE_BYTES = 64 << 20
 """Most bytes of files beyond the ratio, of all that are read together: tiny files may compress well."""
 MAX_SOURCE_BYTES = 64 << 30
-"""Most bytes of a distribution's files, unpacked; documents are held in memory."""
+"""Most bytes of a distribution's files, unpacked; as much of the disk is taken while they are read."""
 MAX_INBOX_BYTES = 4 << 30
 """Most bytes of the inbox's files, packed or unpacked, and so of a batch."""
 MAX_INBOX_FILES = 100_000

@@ -24,6 +24,7 @@ from lifelong_moe.data.formats.encodings import UTF8, declared_by, decoded
 from lifelong_moe.data.formats.html import text_of_html
 from lifelong_moe.data.formats.limits import MAX_HTML_BYTES, MAX_SOURCE_FILES, MAX_TEXT_FILE_BYTES, Quota
 from lifelong_moe.data.formats.outcomes import FileOutcome, LeftOutError, Outcome, sentence
+from lifelong_moe.data.formats.progress import told
 from lifelong_moe.data.text.documents import Corpus, Document
 from lifelong_moe.data.text.jsonl import own_unit, read_jsonl
 from lifelong_moe.data.text.manifest import SeenFile, seen_file, seen_unread, settled_state
@@ -95,10 +96,11 @@ class FilesReading(Iterable[Document]):
     def __iter__(self) -> Iterator[Document]:
         # One quota for all of them: many small files are as much as a large one.
         quota, number = Quota(), 0
-        for path, reader in self._readers:
-            for document in self._documents(path, reader, quota):
-                number += 1
-                yield document
+        each = (one for path, reader in self._readers for one in self._documents(path, reader, quota))
+        size = sum(_size(path) for path, _ in self._readers)
+        for document in told(each, f"reading {patterns(self._named)[0]}", size, lambda document: document.num_bytes):
+            number += 1
+            yield document
         if not number:
             raise DataError(
                 f"files={', '.join(patterns(self._named))}: there are no documents in its {len(self.paths)} file(s). "
@@ -126,6 +128,12 @@ class FilesReading(Iterable[Document]):
                 outcome, note = error.outcome, str(error)
             self.seen[str(path)] = seen_file(file.data, before)
         self._outcomes.append(FileOutcome(str(path), outcome, long, note or "; ".join(file.notes)))
+
+
+def _size(path: Path) -> int:
+    with suppress(OSError):
+        return path.stat().st_size
+    return 0
 
 
 def _passed_over(paths: Sequence[Path], alone: Set[Path]) -> list[FileOutcome]:

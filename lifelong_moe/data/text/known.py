@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import overload
 
+from lifelong_moe.data.formats.progress import told
 from lifelong_moe.data.text.documents import Document
 
 
@@ -24,7 +25,7 @@ class Summary:
 
 
 class KnownDocuments(Sequence[Document]):
-    """Documents that are read when the first one is asked for, and then stay in memory.
+    """Documents that are read when the first one is asked for, and once.
 
     Args:
         summary: What is known of them.
@@ -36,7 +37,8 @@ class KnownDocuments(Sequence[Document]):
         self._load = load
 
     @cached_property
-    def _documents(self) -> Sequence[Document]:
+    def opened(self) -> Sequence[Document]:
+        """The documents themselves."""
         return self._load()
 
     def __len__(self) -> int:
@@ -47,16 +49,21 @@ class KnownDocuments(Sequence[Document]):
     @overload
     def __getitem__(self, index: slice) -> Sequence[Document]: ...
     def __getitem__(self, index: int | slice) -> Document | Sequence[Document]:
-        return self._documents[index]
+        return self.opened[index]
 
     def __iter__(self) -> Iterator[Document]:
         # A generator, so that making an iterator reads nothing yet.
-        yield from self._documents
+        yield from self.opened
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Sequence) and list(self) == list(other)
 
     __hash__ = None  # type: ignore[assignment]
+
+
+def opened(documents: Sequence[Document]) -> Sequence[Document]:
+    """Documents as they are kept, read by now."""
+    return documents.opened if isinstance(documents, KnownDocuments) else documents
 
 
 def summary_of(documents: Sequence[Document]) -> Summary:
@@ -65,6 +72,12 @@ def summary_of(documents: Sequence[Document]) -> Summary:
     if isinstance(known, Summary):
         return known
     return Summary(len(documents), sum(document.num_bytes for document in documents))
+
+
+def told_of(documents: Sequence[Document], what: str) -> Iterator[Document]:
+    """Yield documents, telling how far one has come; see :mod:`lifelong_moe.data.formats.progress`."""
+    # A generator, so that nothing is read before the first one is asked for.
+    yield from told(documents, what, summary_of(documents).bytes, lambda document: document.num_bytes)
 
 
 def hashes_of(documents: Sequence[Document]) -> tuple[str, ...]:

@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lifelong_moe.data.text.documents import SHORT_TEXT, Corpus, Document, documents_hash, letters
+from lifelong_moe.data.text.known import opened, told_of
 from lifelong_moe.data.text.spool import SpooledDocuments, chosen, unit_hash
 from lifelong_moe.errors import DataError
 
@@ -106,7 +107,7 @@ class _Texts:
         from scipy import sparse
 
         columns, lengths, sizes, sources = array("i"), array("q", [0]), array("q"), array("Q")
-        for document in documents:
+        for document in told_of(documents, "looking for near copies"):
             runs = ngrams(document.text)
             found = table.places(runs).astype(np.int32)
             columns.frombytes(found.tobytes())
@@ -166,7 +167,7 @@ def without_near_copies(
     found = {}
     for name, corpus in corpora.items():
         # From the split on, so that calling this again with more held-out text gives the same as one call.
-        train = corpus.train
+        train = opened(corpus.train)
         # Documents of a spool are in order of hash already, and need not be held.
         if corpus.near_copies or not isinstance(train, SpooledDocuments):
             train = sorted([*corpus.train, *corpus.near_copies], key=lambda document: document.hash)

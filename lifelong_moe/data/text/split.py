@@ -81,24 +81,25 @@ def build_corpus(
             f"({twin.origin or twin.source}); remove it from one of the two."
         )
     train_N, heldout_N = found.kept_N & (part_N == TRAIN), found.kept_N & (part_N == HELDOUT)
-    beyond = frozenset[str]()
+    left_N = np.zeros_like(train_N)
     if config.max_bytes is not None:
         # Where documents are yet to be split at least two units, so that each side has one.
         within_N = _capped(rows, train_N, config.max_bytes, least=2 if heldout is None else 1)
-        left = SpooledDocuments(spool, rows, np.flatnonzero(train_N & ~within_N))
-        beyond = frozenset(d.origin for d in left) - {
-            d.origin for d in SpooledDocuments(spool, rows, np.flatnonzero(within_N))
-        }
-        train_N = within_N
+        train_N, left_N = within_N, train_N & ~within_N
+    beyond = _origins(spool, rows, left_N) - (_origins(spool, rows, train_N) if left_N.any() else set())
     if heldout is None:
         heldout_N = _heldout(rows, train_N, config.heldout_fraction, config.heldout_sources)
         train_N = train_N & ~heldout_N
     for side, chosen_N in (("training", train_N), ("held-out", heldout_N)):
         if not chosen_N.any():
             raise DataError(f"there are no {side} documents.")
-    sides = [SpooledDocuments(spool, rows, _in_hash_order(rows, chosen_N)) for chosen_N in (train_N, heldout_N)]
-    hashes = [documents_sha256(side) for side in sides]
-    return Corpus(name, *sides, *hashes, int((~found.kept_N).sum()), beyond=beyond)
+    train, held = (SpooledDocuments(spool, rows, _in_hash_order(rows, chosen_N)) for chosen_N in (train_N, heldout_N))
+    hashes = documents_sha256(train), documents_sha256(held)
+    return Corpus(name, train, held, *hashes, duplicates=int((~found.kept_N).sum()), beyond=beyond)
+
+
+def _origins(spool: Spool, rows: NDArray[np.void], chosen_N: Mask) -> frozenset[str]:
+    return frozenset(document.origin for document in SpooledDocuments(spool, rows, np.flatnonzero(chosen_N)))
 
 
 def heldout_part(documents: Iterable[Document]) -> Sequence[Document]:

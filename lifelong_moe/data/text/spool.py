@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lifelong_moe.data.text.documents import Document, normalized_hash
-from lifelong_moe.data.text.known import Summary
+from lifelong_moe.data.text.known import Summary, opened
 from lifelong_moe.storage.modes import PRIVATE, make_folder
 from lifelong_moe.storage.temporary import temporary
 
@@ -230,6 +230,7 @@ class SpooledDocuments(Sequence[Document]):
 
 def chosen(documents: Sequence[Document], which: NDArray[np.bool_]) -> Sequence[Document]:
     """The documents that a mask says, in the same order."""
+    documents = opened(documents)
     if isinstance(documents, SpooledDocuments):
         return documents.chosen(which)
     return [document for document, is_chosen in zip(documents, which.tolist(), strict=True) if is_chosen]
@@ -237,6 +238,7 @@ def chosen(documents: Sequence[Document], which: NDArray[np.bool_]) -> Sequence[
 
 def same_hashes(documents: Sequence[Document]) -> Iterator[bytes]:
     """16 bytes for each document that two of them share if they are duplicates; those of a spool are known."""
+    documents = opened(documents)
     if isinstance(documents, SpooledDocuments):
         for start in range(0, len(documents), _AT_ONCE):
             found = documents.rows["same"][documents.order[start : start + _AT_ONCE]].tobytes()

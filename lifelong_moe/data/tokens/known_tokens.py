@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lifelong_moe.data.text.documents import Document
+from lifelong_moe.data.text.known import opened
 from lifelong_moe.data.text.spool import SpooledDocuments
 
 DIGEST = np.dtype("V16")
@@ -69,6 +70,7 @@ def first_numbers(digests: NDArray[np.void]) -> NDArray[np.uint64]:
 
 def digests_of(documents: Sequence[Document]) -> NDArray[np.void]:
     """The digest of each document, in their order ``(N,)``; those of a spool are known."""
+    documents = opened(documents)
     if isinstance(documents, SpooledDocuments):
         hashes = np.ascontiguousarray(documents.rows["hash"][documents.order][:, :2])
         return hashes.view(DIGEST).reshape(-1)

@@ -10,6 +10,8 @@ from itertools import pairwise
 from operator import and_
 from pathlib import Path
 
+import numpy as np
+
 from lifelong_moe.config.data import SourceConfig, TokenizerConfig
 from lifelong_moe.data.formats.outcomes import FileOutcome
 from lifelong_moe.data.text.documents import Corpus, Document, documents_hash
@@ -19,7 +21,7 @@ from lifelong_moe.data.text.known import KnownDocuments, Summary, hashes_of, sum
 from lifelong_moe.data.text.manifest import LeftManifest, PartSummary, left_manifest, write_left
 from lifelong_moe.data.text.near_copies import without_near_copies
 from lifelong_moe.data.text.sources import heldout_documents, lies_within, read_corpus
-from lifelong_moe.data.text.spool import same_hashes
+from lifelong_moe.data.text.spool import chosen, same_hashes
 from lifelong_moe.data.tokens.identity import AddedTokens, AddedVocabulary, DataIdentity, TokenizerIdentity
 from lifelong_moe.data.tokens.pairs import with_answers, with_heldout_answers
 from lifelong_moe.data.tokens.records import DIGITS, Remembered, TextRecord
@@ -175,7 +177,8 @@ def prepare_data(
     answers = [name for name, source in sources.items() if source.answer_field is not None]
     _mark_answers(answers, texts, tokens, heldout, made, context)
     modes = {name: corpus.mode for name, corpus in texts.corpora.items()}
-    data = PreparedData(made, recipe(tokenizer), tokens, records, heldout, texts.heldout, texts.gone, modes)
+    made_by = recipe(tokenizer, _learned_bytes(trained[0], splits, records))
+    data = PreparedData(made, made_by, tokens, records, heldout, texts.heldout, texts.gone, modes)
     data = replace(data, files={name: corpus.files for name, corpus in texts.corpora.items() if corpus.files})
     if vocabulary is None:
         return data
@@ -183,6 +186,11 @@ def prepare_data(
     added = added_tokenizers(made, vocabulary, of_stages, remembered.added, cache)
     later = read_later(added, trained, {**texts.heldout, **texts.corpora}, answers, context, cache)
     return replace(data, added=added, later=later)
+
+
+def _learned_bytes(name: str, splits: Mapping[str, Corpus], records: Mapping[str, TextRecord]) -> int:
+    """Bytes of the text that the tokenizer was trained on, or of what is known of it."""
+    return summary_of(splits[name].train).bytes if name in splits else records[name].num_bytes
 
 
 def _mark_answers(
@@ -278,8 +286,8 @@ def _as_left(corpus: Corpus, known: LeftManifest) -> Corpus:
     """A corpus without the near copies that it is known to have, whose text is read when it is needed."""
     copies = frozenset(known.near_copies)
 
-    def side(*, is_copy: bool) -> list[Document]:
-        return [document for document in corpus.train if (document.hash in copies) == is_copy]
+    def side(*, is_copy: bool) -> Sequence[Document]:
+        return chosen(corpus.train, np.array([(one.hash in copies) == is_copy for one in corpus.train]))
 
     return replace(
         corpus,
@@ -300,7 +308,7 @@ def _is_missing(error: LifelongError) -> bool:
     return isinstance(error, TryAgainError) or (isinstance(error, DataError) and error.is_missing)
 
 
-def _kept(name: str, source: SourceConfig, remembered: Remembered) -> list[Document] | None:
+def _kept(name: str, source: SourceConfig, remembered: Remembered) -> Sequence[Document] | None:
     """Held-out documents of a distribution whose text is gone: those that were kept, else those in a file of their own.
 
     Raises:
@@ -309,7 +317,7 @@ def _kept(name: str, source: SourceConfig, remembered: Remembered) -> list[Docum
     """
     record = remembered.records[name]
     if record.kept is not None and remembered.heldout is not None:
-        kept = remembered.heldout.documents(record.kept)
+        kept: Sequence[Document] = remembered.heldout.documents(record.kept)
         # Its tokens are cached by the hash that the record says.
         if (found := documents_hash(kept)) != record.heldout_hash:
             raise CorruptError(
@@ -342,9 +350,9 @@ def _as_before(corpus: Corpus, record: TextRecord | None) -> Corpus:
     known = set(record.left_out)
     if known <= {digest[:DIGITS] for digest in hashes_of(corpus.near_copies)}:
         return corpus
-    train = [document for document in corpus.train if document.hash[:DIGITS] not in known]
-    left_out = [document for document in corpus.train if document.hash[:DIGITS] in known]
-    near_copies = [*corpus.near_copies, *left_out]
+    is_copy = np.array([document.hash[:DIGITS] in known for document in corpus.train])
+    train = chosen(corpus.train, ~is_copy)
+    near_copies = [*corpus.near_copies, *chosen(corpus.train, is_copy)]
     before = corpus.split_hash
     corpus = replace(corpus, train=train, train_hash=documents_hash(train), near_copies=near_copies)
     return replace(corpus, before_near_copies=before, files=settled(corpus))

@@ -47,6 +47,11 @@ class TextRecord:
     kept: Sha256 | None = None
     """Address of its held-out documents in the :class:`HeldoutStore`; None if they are not kept."""
 
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the training text; no token but each document's BOS stands for none."""
+        return round(self.bytes_per_token * (self.tokens - self.documents))
+
     @classmethod
     def of(cls, corpus: Corpus, tokens: TokenizedCorpus) -> TextRecord:
         """Make the record of available text; its held-out documents are not stored yet."""

@@ -11,7 +11,7 @@ import hashlib
 import itertools
 import os
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from io import BufferedReader
@@ -22,7 +22,7 @@ import numpy as np
 
 from lifelong_moe.data.text.documents import Corpus, Document, documents_hash
 from lifelong_moe.data.text.jsonl import SEPARATOR
-from lifelong_moe.data.text.known import summary_of
+from lifelong_moe.data.text.known import summary_of, told_of
 from lifelong_moe.data.tokens.known_tokens import DIGEST, KnownTokens, digests_of
 from lifelong_moe.data.tokens.tokenizer import Tokenizer
 from lifelong_moe.errors import CorruptError
@@ -266,6 +266,7 @@ def _build(documents: Sequence[Document], directory: Path, tokenizer: Tokenizer,
     is_large = summary_of(documents).bytes >= PIECE_BYTES
     if is_large:
         for other, shard in _others(directory, tokenizer.vocab_size):
+            assert shard.digests is not None
             known.add(shard.digests, shard.tokens, shard.offsets)
             pieces += [other] if other.name.startswith(_PIECE) else []
     with new_directory(directory, mode) as work:
@@ -382,14 +383,14 @@ def _write_arrays(
     arrays = _Arrays()
     # Written batch by batch: the tokens of a large distribution need not fit into memory.
     with (work / "tokens.bin").open("wb") as stream:
-        for batch in _batches(documents):
+        for batch in _batches(told_of(documents, "tokenizing")):
             tokens = known.find(digests_of(batch)) if known is not None else [None] * len(batch)
             rows = [None if one is None else one.astype(dtype).tobytes() for one in tokens]
             new = [i for i, row in enumerate(rows) if row is None]
             for i, ids in zip(new, tokenizer.encode_batch([batch[i].text for i in new]), strict=True):
-                rows[i] = row = np.array([tokenizer.bos_id, *ids], dtype=dtype).tobytes()
+                rows[i] = made = np.array([tokenizer.bos_id, *ids], dtype=dtype).tobytes()
                 if pieces is not None:
-                    pieces.add(batch[i], row)
+                    pieces.add(batch[i], made)
             for row in rows:
                 assert row is not None
                 # Not `tofile`, whose errors give no reason, such as a full disk.
@@ -399,7 +400,7 @@ def _write_arrays(
     arrays.write(work)
 
 
-def _batches(documents: Sequence[Document]) -> Iterator[list[Document]]:
+def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
     batch: list[Document] = []
     size = 0
     for document in documents:

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from lifelong_moe.config.data import MAX_VOCAB_SIZE, TokenizerConfig
 from lifelong_moe.data.formats.strict_json import parse_object
-from lifelong_moe.data.text.documents import Corpus
+from lifelong_moe.data.text.documents import Corpus, Document
+from lifelong_moe.data.text.known import summary_of, told_of
 from lifelong_moe.data.text.streams import decode, open_file, read_whole, refuse_pickled
 from lifelong_moe.data.tokens.components import MAX_TOKEN_BYTES, require_bounded
 from lifelong_moe.errors import ConfigError, CorruptError, DataError, LifelongError
@@ -31,6 +32,8 @@ MAX_TOKENIZER_BYTES = 64 << 20
 """Longest ``tokenizer.json``; the largest published ones have 35 MB."""
 RECIPE_VERSION = 1
 """Raised whenever the same text would yield another tokenizer."""
+SAMPLE_BYTES = 200_000_000
+"""Most text that a tokenizer is trained on. More takes longer and hardly changes which pairs are frequent."""
 
 
 _PROBE = "A tokenizer must give back {every: character};\n\tgrüße, naïve, 漢字, λx.x+1, 🙂 0123456789!"
@@ -296,12 +299,35 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     return Tokenizer(backend)
 
 
-def recipe(config: TokenizerConfig) -> dict[str, str | int]:
-    """Return what a stage key includes of how the tokenizer came about; its hash says the rest."""
+def recipe(config: TokenizerConfig, text_bytes: int) -> dict[str, str | int]:
+    """Return what a stage key includes of how the tokenizer came about; its hash says the rest.
+
+    Args:
+        config: The settings.
+        text_bytes: Of the text to train on.
+    """
     if config.file is not None:
         # Not the path: moving the file must change no stage key.
         return {"kind": "file"}
-    return {"kind": "byte_level_bpe", "vocab_size": config.vocab_size, "version": RECIPE_VERSION}
+    found: dict[str, str | int] = {
+        "kind": "byte_level_bpe",
+        "vocab_size": config.vocab_size,
+        "version": RECIPE_VERSION,
+    }
+    # Where all of the text is learned from, keys are those of versions that knew no sample.
+    return found if text_bytes <= SAMPLE_BYTES else {**found, "sample_bytes": SAMPLE_BYTES}
+
+
+def sample_texts(documents: Iterable[Document], most_bytes: int) -> Iterator[str]:
+    """Yield the texts of the first documents, until they have so many bytes.
+
+    In order of hash, which is that of a corpus, the first ones are a sample that no file or folder decides.
+    """
+    total = 0
+    for document in documents:
+        yield document.text
+        if (total := total + document.num_bytes) >= most_bytes:
+            return
 
 
 def trained_tokenizer(
@@ -315,8 +341,8 @@ def trained_tokenizer(
         cache: ``cache/tokenizers/<key>.json`` holds what was trained. A damaged file is trained again.
         check: Raises if the tokenizer does not do; called before anything is written.
     """
-    identity = {"recipe": recipe(config), "train_hash": corpus.train_hash}
-    texts = (document.text for document in corpus.train)
+    identity = {"recipe": recipe(config, summary_of(corpus.train).bytes), "train_hash": corpus.train_hash}
+    texts = sample_texts(told_of(corpus.train, "training the tokenizer"), SAMPLE_BYTES)
     return cached_tokenizer(identity, cache, corpus.mode, lambda: train_tokenizer(texts, config.vocab_size), check)
 
 

@@ -12,6 +12,7 @@ import pytest
 from lifelong_moe.errors import CorruptError, LockedError
 from lifelong_moe.storage.keys import content_key
 from lifelong_moe.storage.locks import locked
+from lifelong_moe.storage.temporary import temporary
 from lifelong_moe.store.evaluations import StoredTogether
 from lifelong_moe.store.garbage import collect, dependants_first, find_garbage, mentioned, reachable
 
@@ -264,3 +265,34 @@ def test_a_folder_in_place_of_a_file_is_refused_before_anything_is_removed(store
     with pytest.raises(CorruptError, match="not a file, so nothing is removed"):
         collect(store.root, store.cache, NOW)
     assert other.exists()
+
+
+def test_what_came_of_files_goes_after_a_month_and_pieces_of_tokens_too(store: Store) -> None:
+    store.head(age=0)
+    (store.cache / "manifests").mkdir(parents=True)
+    for age, name in ((40, "1" * 16), (20, "2" * 16), (40, "notours")):
+        path = store.cache / "manifests" / f"{name}.json"
+        path.write_text("{}")
+        os.utime(path, (NOW - age * DAY, NOW - age * DAY))
+    piece = store.cache / "tokens" / f"piece-{'3' * 16}-{'4' * 16}"
+    piece.mkdir(parents=True)
+    (piece / "tokens.bin").write_text("x")
+    os.utime(piece / "tokens.bin", (NOW - 40 * DAY, NOW - 40 * DAY))
+    found = store.found()
+    assert [stored.key for stored in found.manifests] == ["1" * 16] and [one.path for one in found.tokens] == [piece]
+    collect(store.root, store.cache, NOW)
+    assert sorted(path.stem[0] for path in (store.cache / "manifests").iterdir()) == ["2", "n"] and not piece.exists()
+
+
+def test_what_killed_processes_left_is_shown_and_what_others_write_is_not(store: Store) -> None:
+    store.head(age=0)
+    for parent in (store.cache, store.root / "batches"):
+        parent.mkdir(parents=True, exist_ok=True)
+        with temporary(parent) as work:
+            (work / "part").write_text("xyz")
+            # Its lock is gone with the process: as after a kill.
+            left = parent / work.name.replace(work.name[5:21], "0" * 16)
+            left.mkdir()
+            (left / "part").write_text("xyz")
+            assert [stored.path for stored in store.found().abandoned if stored.path.parent == parent] == [left]
+    assert len(store.found().abandoned) == 2 and store.found().bytes == 6

@@ -6,7 +6,7 @@ import unicodedata
 import pytest
 
 from lifelong_moe.config.data import SourceConfig
-from lifelong_moe.data.text.documents import Document, documents_hash, normalized_hash
+from lifelong_moe.data.text.documents import Document, documents_hash, letters, normalized_hash
 from lifelong_moe.data.text.split import build_corpus
 from lifelong_moe.errors import DataError
 
@@ -199,3 +199,9 @@ def test_no_documents() -> None:
         build_corpus("a", [], CONFIG)
     with pytest.raises(DataError, match="no held-out documents"):
         build_corpus("a", _documents(3), CONFIG, [])
+
+
+def test_letters_of_ascii_are_those_of_any_text() -> None:
+    text = "".join(map(chr, range(128))) * 2 + "The QUICK_brown fox, 12<3!"
+    # A character beyond ASCII takes the other way.
+    assert letters(text) == letters(text + "…") and letters(text).endswith("thequickbrownfox123")

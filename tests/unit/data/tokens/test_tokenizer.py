@@ -12,7 +12,15 @@ import pytest
 from lifelong_moe.config.data import TokenizerConfig
 from lifelong_moe.data.text.documents import Corpus, Document
 from lifelong_moe.data.tokens import tokenizer as module
-from lifelong_moe.data.tokens.tokenizer import BOS, Tokenizer, recipe, train_tokenizer, trained_tokenizer
+from lifelong_moe.data.tokens.tokenizer import (
+    BOS,
+    SAMPLE_BYTES,
+    Tokenizer,
+    recipe,
+    sample_texts,
+    train_tokenizer,
+    trained_tokenizer,
+)
 from lifelong_moe.errors import ConfigError
 
 TEXTS = [f"the cat number {n} sat on the mat, and the dog did not" for n in range(50)]
@@ -133,9 +141,25 @@ def test_unusable_tokenizers(tmp_path: Path) -> None:
 
 
 def test_recipe() -> None:
-    assert recipe(TokenizerConfig(vocab_size=300)) == {"kind": "byte_level_bpe", "vocab_size": 300, "version": 1}
-    assert recipe(TokenizerConfig(vocab_size=300, train_on="a")) == recipe(TokenizerConfig(vocab_size=300))
-    assert recipe(TokenizerConfig(file="/some/where.json")) == {"kind": "file"}
+    plain = {"kind": "byte_level_bpe", "vocab_size": 300, "version": 1}
+    assert (
+        recipe(TokenizerConfig(vocab_size=300), 10)
+        == recipe(TokenizerConfig(vocab_size=300, train_on="a"), 10)
+        == plain
+    )
+    # Keys of runs whose text is all learned from stay what they were.
+    assert recipe(TokenizerConfig(vocab_size=300), SAMPLE_BYTES) == plain
+    assert recipe(TokenizerConfig(vocab_size=300), SAMPLE_BYTES + 1) == {**plain, "sample_bytes": SAMPLE_BYTES}
+    assert recipe(TokenizerConfig(file="/some/where.json"), SAMPLE_BYTES + 1) == {"kind": "file"}
+
+
+def test_a_sample_is_of_the_first_documents(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    documents = [Document("a" * 10, "x"), Document("é" * 5, "x"), Document("c", "x")]
+    assert [len(list(sample_texts(documents, most))) for most in (1, 10, 11, 20, 21, 22, 99)] == [1, 1, 2, 2, 3, 3, 3]
+    whole = trained_tokenizer(TokenizerConfig(vocab_size=300), CORPUS, tmp_path)
+    monkeypatch.setattr(module, "SAMPLE_BYTES", 40)
+    part = trained_tokenizer(TokenizerConfig(vocab_size=300), CORPUS, tmp_path)
+    assert part.hash != whole.hash and part.hash == train_tokenizer(sample_texts(CORPUS.train, 40), 300).hash
 
 
 def test_prepare_trains_once_on_training_text_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
