@@ -10,16 +10,18 @@ Legend: D documents, R known documents, W distinct runs.
 from __future__ import annotations
 
 from array import array
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
+from itertools import chain
 from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
 from lifelong_moe.data.text.documents import SHORT_TEXT, Corpus, Document, documents_hash, letters
-from lifelong_moe.data.text.known import opened, told_of
-from lifelong_moe.data.text.spool import SpooledDocuments, chosen, unit_hash
+from lifelong_moe.data.text.known import opened, summary_of, told_of
+from lifelong_moe.data.text.spool import SpooledDocuments, chosen, source_number, source_numbers
 from lifelong_moe.errors import DataError
 
 if TYPE_CHECKING:
@@ -34,6 +36,8 @@ COMMON_SOURCES = 8
 a document's *own*. Common runs do not count."""
 LEAST_OWN = 0.1
 """Least share of a document's runs that must be its own; one with less is judged by all its runs, common ones too."""
+PART_BYTES = 32 << 20
+"""Training text that is compared at once."""
 LEAST = SHORT_TEXT - NGRAM + 1
 """Runs below which a document is too short: only equal ones are found, see ``normalized_hash``."""
 _MULTIPLIERS = (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB, 0xD6E8FEB86659FD93, 0xA0761D6478BD642F)
@@ -107,13 +111,13 @@ class _Texts:
         from scipy import sparse
 
         columns, lengths, sizes, sources = array("i"), array("q", [0]), array("q"), array("Q")
-        for document in told_of(documents, "looking for near copies"):
+        for document in documents:
             runs = ngrams(document.text)
             found = table.places(runs).astype(np.int32)
             columns.frombytes(found.tobytes())
             lengths.append(len(found))
             sizes.append(len(runs))
-            sources.append(int.from_bytes(unit_hash("split", document.source)[:8], "big"))
+            sources.append(source_number(document))
         # Numbers of 32 bits: they count shared runs, which would overflow a byte, and there are as many as runs.
         columns_N, ends = np.frombuffer(columns, np.int32), np.cumsum(lengths)
         shape = (len(sizes), len(table.runs_W))
@@ -141,7 +145,8 @@ def near_copies(documents: Sequence[Document], known: Sequence[Document], *, may
         return [False] * len(documents)
     table = _Table(documents)
     new, old = _Texts.of(documents, table), _Texts.of(known, table)
-    return _judge(new, old, _common([new, old]), may_contain).tolist()
+    sources = np.unique(np.concatenate([new.source_D, old.source_D]))
+    return _Judge(old, _common([new, old], sources)).copies(new, may_contain=may_contain).tolist()
 
 
 def without_near_copies(
@@ -171,11 +176,16 @@ def without_near_copies(
         # Documents of a spool are in order of hash already, and need not be held.
         if corpus.near_copies or not isinstance(train, SpooledDocuments):
             train = sorted([*corpus.train, *corpus.near_copies], key=lambda document: document.hash)
-        trained = _Texts.of(train, table)
         rows = np.flatnonzero(owner == name)
         held_here = _Texts(heldout.has_DW[rows], heldout.size_D[rows], heldout.source_D[rows])
+        sources = np.unique(np.concatenate([source_numbers(train), held_here.source_D]))
+        # Little text is looked up once; of more, what is shared would fill memory, and it is looked up twice.
+        parts_of = partial(_parts, train, table)
+        trained = list(parts_of()) if summary_of(train).bytes <= PART_BYTES else None
         # Common runs are those of this distribution alone: another one must not make held-out text "common".
-        copies = _judge(trained, heldout, _common([trained, held_here]), may_contain=False)
+        common_W = _common(chain([held_here], trained or parts_of()), sources)
+        judge = _Judge(heldout, common_W)
+        copies = np.concatenate([judge.copies(part, may_contain=False) for part in trained or parts_of()])
         if copies.all():
             raise DataError(
                 f"distributions.{name}: all {len(train)} training documents are near copies of held-out text; let "
@@ -189,29 +199,68 @@ def without_near_copies(
     return found
 
 
-def _common(texts: Sequence[_Texts]) -> NDArray[np.bool_]:
-    """Runs that more than :data:`COMMON_SOURCES` sources have, bool ``(W,)``."""
-    from scipy import sparse
+def _parts(documents: Sequence[Document], table: _Table) -> Iterator[_Texts]:
+    """Documents in parts of so much text that what they share with a table fits into memory."""
+    part, num_bytes = list[Document](), 0
+    for document in told_of(documents, "looking for near copies"):
+        part.append(document)
+        num_bytes += document.num_bytes
+        if num_bytes >= PART_BYTES:
+            yield _Texts.of(part, table)
+            part, num_bytes = [], 0
+    if part:
+        yield _Texts.of(part, table)
 
-    has_DW = sparse.vstack([text.has_DW for text in texts], format="csr")
-    _, source_D = np.unique(np.concatenate([text.source_D for text in texts]), return_inverse=True)
-    documents = np.arange(len(source_D))
-    of_SD = sparse.csr_array((np.ones(len(source_D), np.int32), (source_D, documents)))
-    return np.bincount((of_SD @ has_DW).indices, minlength=has_DW.shape[1]) > COMMON_SOURCES
+
+def _common(texts: Iterable[_Texts], sources: NDArray[np.uint64]) -> NDArray[np.bool_]:
+    """Runs that more than :data:`COMMON_SOURCES` sources have, bool ``(W,)``; ``sources`` are all there are, sorted."""
+    common_W, known = np.zeros(0, dtype=bool), np.zeros(0, dtype=np.uint64)
+    for text in texts:
+        if not len(common_W):
+            common_W = np.zeros(text.has_DW.shape[1], dtype=bool)
+        # A run and a source in one number; of a run that is common already no source counts any more.
+        runs = text.has_DW.indices.astype(np.uint64)
+        places = np.searchsorted(sources, text.source_D).astype(np.uint64)
+        pairs = runs << np.uint64(32) | np.repeat(places, np.diff(text.has_DW.indptr))
+        # Stable, which for two sorted halves is a merge.
+        known = np.concatenate([known, _distinct(pairs[~common_W[runs]])])
+        known.sort(kind="stable")
+        known = known[np.append(True, known[1:] != known[:-1])[: len(known)]]
+        runs = known >> np.uint64(32)
+        begins = np.flatnonzero(np.append(True, runs[1:] != runs[:-1])[: len(runs)])
+        numbers = np.diff(np.append(begins, len(runs)))
+        common_W[runs[begins[numbers > COMMON_SOURCES]]] = True
+        known = known[~common_W[runs]]
+    return common_W
 
 
-def _judge(new: _Texts, known: _Texts, common_W: NDArray[np.bool_], may_contain: bool) -> NDArray[np.bool_]:
-    """Which new documents are near copies of known ones, bool ``(D,)``."""
-    own_D, own_R = (text.size_D - text.has_DW @ common_W.astype(np.int32) for text in (new, known))
-    rare = np.flatnonzero(~common_W)
-    pairs = (new.has_DW[:, rare] @ known.has_DW[:, rare].T).tocoo()
-    is_copy = np.zeros(len(own_D), dtype=bool)
-    sides = [(own_D, new.size_D, pairs.row), (own_R, known.size_D, pairs.col)]
-    for own, size, side in sides[:1] if may_contain else sides:
-        # A document with few runs of its own would share half of them with many others by chance.
-        judged = (own >= LEAST) & (own >= LEAST_OWN * size)
-        is_copy[pairs.row[judged[side] & (pairs.data >= SHARE * own[side])]] = True
-    # New text with almost no run of its own is a copy if half of all its runs, common ones too, are known.
-    is_known_W = np.bincount(known.has_DW.indices, minlength=len(common_W)) > 0
-    shared_D = new.has_DW @ is_known_W.astype(np.int32)
-    return is_copy | ((new.size_D >= LEAST) & (own_D < LEAST_OWN * new.size_D) & (shared_D >= SHARE * new.size_D))
+class _Judge:
+    """Finds near copies of known documents.
+
+    Args:
+        known: What may be repeated.
+        common_W: Runs that do not count.
+    """
+
+    def __init__(self, known: _Texts, common_W: NDArray[np.bool_]) -> None:
+        self._common_W, self._rare = common_W.astype(np.int32), np.flatnonzero(~common_W)
+        self._known_RW, self._own_R = known.has_DW[:, self._rare], self._own(known)
+        self._size_R = known.size_D
+        self._is_known_W = (np.bincount(known.has_DW.indices, minlength=len(common_W)) > 0).astype(np.int32)
+
+    def _own(self, text: _Texts) -> NDArray[np.int64]:
+        return text.size_D - text.has_DW @ self._common_W
+
+    def copies(self, new: _Texts, *, may_contain: bool) -> NDArray[np.bool_]:
+        """Which new documents are near copies of known ones, bool ``(D,)``; see :func:`near_copies`."""
+        own_D = self._own(new)
+        pairs = (new.has_DW[:, self._rare] @ self._known_RW.T).tocoo()
+        is_copy = np.zeros(len(own_D), dtype=bool)
+        sides = [(own_D, new.size_D, pairs.row), (self._own_R, self._size_R, pairs.col)]
+        for own, size, side in sides[:1] if may_contain else sides:
+            # A document with few runs of its own would share half of them with many others by chance.
+            judged = (own >= LEAST) & (own >= LEAST_OWN * size)
+            is_copy[pairs.row[judged[side] & (pairs.data >= SHARE * own[side])]] = True
+        # New text with almost no run of its own is a copy if half of all its runs, common ones too, are known.
+        shared_D = new.has_DW @ self._is_known_W
+        return is_copy | ((new.size_D >= LEAST) & (own_D < LEAST_OWN * new.size_D) & (shared_D >= SHARE * new.size_D))

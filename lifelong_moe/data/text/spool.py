@@ -236,6 +236,19 @@ def chosen(documents: Sequence[Document], which: NDArray[np.bool_]) -> Sequence[
     return [document for document, is_chosen in zip(documents, which.tolist(), strict=True) if is_chosen]
 
 
+def source_number(document: Document) -> int:
+    """A hash of a document's source, of 64 bits."""
+    return int.from_bytes(unit_hash("split", document.source)[:8], "big")
+
+
+def source_numbers(documents: Sequence[Document]) -> NDArray[np.uint64]:
+    """:func:`source_number` of each document; those of a spool are known."""
+    documents = opened(documents)
+    if isinstance(documents, SpooledDocuments):
+        return documents.rows["unit"][documents.order][:, 0].astype(np.uint64)
+    return np.array([source_number(document) for document in documents], dtype=np.uint64)
+
+
 def same_hashes(documents: Sequence[Document]) -> Iterator[bytes]:
     """16 bytes for each document that two of them share if they are duplicates; those of a spool are known."""
     documents = opened(documents)

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from lifelong_moe.config.data import SourceConfig, TokenizerConfig
+from lifelong_moe.data.text import near_copies as module
 from lifelong_moe.data.text.documents import Corpus, Document, documents_hash, letters
 from lifelong_moe.data.text.near_copies import FILTER_BITS, _Table, near_copies, ngrams, without_near_copies
 from lifelong_moe.data.text.split import build_corpus
@@ -19,6 +20,12 @@ from lifelong_moe.errors import DataError
 
 SYLLABLES = [a + b for a, b in zip("bcdfghjklmnprstvwxyz", "aeiouaeiouaeiouaeiou", strict=True)]
 LICENCE = "licensed under the terms of the usual licence without any warranty of any kind express or implied " * 3
+
+
+@pytest.fixture(autouse=True, params=[1 << 30, 300], ids=["at once", "in parts"])
+def parts(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Text is compared at once or in parts, with the same result."""
+    monkeypatch.setattr(module, "PART_BYTES", request.param)
 
 
 def words(rng: random.Random, number: int) -> list[str]:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from lifelong_moe.config.data import SourceConfig
-from lifelong_moe.data.text import split, spool
+from lifelong_moe.data.text import near_copies, split, spool
 from lifelong_moe.data.text.documents import Corpus, Document, documents_hash
 from lifelong_moe.data.text.near_copies import without_near_copies
 from lifelong_moe.data.text.spool import Spool, SpooledDocuments
@@ -28,6 +28,7 @@ def small(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> No
         monkeypatch.setattr(spool, "MOST_BYTES", 2000)
         monkeypatch.setattr(spool, "_BUFFER_BYTES", 200)
         monkeypatch.setattr(spool, "_AT_ONCE", 7)
+        monkeypatch.setattr(near_copies, "PART_BYTES", 1500)
     if "ranges" in request.param:
         monkeypatch.setattr(split, "RANGE", 11)
 
