@@ -167,12 +167,7 @@ def prepare_data(
         name: TextRecord.of(texts.corpora[name], tokens[name]) if name in tokens else remembered.records[name]
         for name in sources
     }
-    heldout = {
-        name: tokens[name].heldout
-        if name in tokens
-        else open_or_tokenize(documents, records[name].heldout_hash, made, cache, PRIVATE)
-        for name, documents in texts.heldout.items()
-    }
+    heldout = _heldout_tokens(texts, tokens, records, made, cache)
     _warn_if_coarse(records, trained[0])
     answers = [name for name, source in sources.items() if source.answer_field is not None]
     _mark_answers(answers, texts, tokens, heldout, made, context)
@@ -186,6 +181,22 @@ def prepare_data(
     added = added_tokenizers(made, vocabulary, of_stages, remembered.added, cache)
     later = read_later(added, trained, {**texts.heldout, **texts.corpora}, answers, context, cache)
     return replace(data, added=added, later=later)
+
+
+def _heldout_tokens(
+    texts: Texts,
+    tokens: Mapping[str, TokenizedCorpus],
+    records: Mapping[str, TextRecord],
+    tokenizer: Tokenizer,
+    cache: Path,
+) -> dict[str, TokenShard]:
+    """Held-out text as tokens, where it is kept too."""
+    return {
+        name: tokens[name].heldout
+        if name in tokens
+        else open_or_tokenize(documents, records[name].heldout_hash, tokenizer, cache, PRIVATE)
+        for name, documents in texts.heldout.items()
+    }
 
 
 def _learned_bytes(name: str, splits: Mapping[str, Corpus], records: Mapping[str, TextRecord]) -> int:
