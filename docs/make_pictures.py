@@ -13,6 +13,7 @@ import table_kinds as kinds
 from make_tables import MAIN
 
 from lifelong_moe.reports.figures.comparison import FORGETTING, GAP, pareto_figure
+from lifelong_moe.storage.keys import content_key
 
 
 def in_bits(file: str, names: Mapping[str, str]) -> dict[str, object]:
@@ -35,14 +36,22 @@ def in_bits(file: str, names: Mapping[str, str]) -> dict[str, object]:
     return {**whole, "arms": arms}
 
 
-def main() -> None:
-    """Draw each picture beside its JSON."""
+def pictures() -> dict[str, dict[str, object]]:
+    """What each picture shows, by its path below ``docs/``."""
     readme = {name: words.replace("**", "").replace("`", "") for name, (words, _) in MAIN.items()}
     bench = {arm["name"]: arm["name"] for arm in kinds.read("results/bench")["arms"]}
-    for file, names, picture in (("trained_base", readme, "trained_base"), ("bench", bench, "pareto")):
-        figure = pareto_figure(in_bits(f"results/{file}", names))
-        if figure is not None:
-            figure.savefig(kinds.ROOT / f"docs/results/{picture}.png")
+    return {
+        "results/trained_base.png": in_bits("results/trained_base", readme),
+        "results/pareto.png": in_bits("results/bench", bench),
+    }
+
+
+def main() -> None:
+    """Draw each picture beside its JSON; it keeps the key of what it shows, by which a test knows whether it is old."""
+    for path, shown in pictures().items():
+        figure = pareto_figure(shown)
+        assert figure is not None, path
+        figure.savefig(kinds.ROOT / "docs" / path, metadata={"Source": content_key(shown)})
 
 
 if __name__ == "__main__":

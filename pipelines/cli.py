@@ -48,7 +48,7 @@ class Commands(TyperGroup):
         """Parse what stands before a command."""
         # Before the parser takes them: an error in a command's options comes before it has any.
         asks_json = "--json" in args[: args.index("--") if "--" in args else None]
-        with _visible_mistakes():
+        with _visible_mistakes(), _told_as_json(asks_json):
             context = super().make_context(info_name, args, parent, **extra)
         context.meta[ASKS_JSON] = asks_json
         return context

@@ -23,7 +23,7 @@ from lifelong_moe.tracking.registry import STAGE_KEY_TAG, Version, register_vers
 from lifelong_moe.tracking.spool import Operation, RefusedError
 
 if TYPE_CHECKING:
-    from mlflow.entities import Run
+    from mlflow.entities import Experiment, Run
     from mlflow.store.artifact.artifact_repo import ArtifactRepository
 
 T = TypeVar("T")
@@ -36,6 +36,8 @@ SOURCE = "lifelong-moe"
 """Tag ``mlflow.source.name`` of every run."""
 LOCAL_ID_TAG = "lifelong.local_id"
 """Tag of every run: the id by which its caller knew it before MLflow gave it one."""
+KIND = {"mlflow.experimentKind": "custom_model_development"}
+"""Tag of every experiment, by which MLflow's page opens on model training and not on its side for agents."""
 
 _ABSENT = "RESOURCE_DOES_NOT_EXIST"
 _EXISTS = "RESOURCE_ALREADY_EXISTS"
@@ -92,7 +94,7 @@ class Store:
         found = self.client.get_experiment_by_name(name)
         if found is None:
             try:
-                return str(self.client.create_experiment(name, artifact_location=location))
+                return str(self.client.create_experiment(name, artifact_location=location, tags=KIND))
             except MlflowException as error:  # Another process created it first.
                 found = self.client.get_experiment_by_name(name)
                 if error.error_code != _EXISTS or found is None:
@@ -100,7 +102,14 @@ class Store:
         if found.lifecycle_stage == "deleted":
             raise MlflowException(f"experiment {name!r} is deleted; restore it or set another tracking.experiment.")
         require_within(self._uri, self._root, str(found.artifact_location))
+        self._say_kind(found)
         return str(found.experiment_id)
+
+    def _say_kind(self, experiment: Experiment) -> None:
+        """Let MLflow's page show an experiment of an earlier version as model training, unless somebody has chosen."""
+        for key, value in KIND.items():
+            if key not in experiment.tags:
+                self.client.set_experiment_tag(str(experiment.experiment_id), key, value)
 
     def is_behind(self, url: str, experiment: str) -> bool:
         """Whether a server serves this very store.

@@ -151,7 +151,8 @@ class _Status(Status):
     def start(self) -> None:
         """Turn, or wait for the time to speak."""
         super().start()
-        if self._patience is not None:
+        # Started twice, as by `with` after a call, it still speaks with one voice.
+        if self._patience is not None and self._speaker is None:
             self._ended.clear()
             self._speaker = threading.Thread(target=self._speak, args=(self._patience,), daemon=True)
             self._speaker.start()
@@ -161,6 +162,7 @@ class _Status(Status):
         self._ended.set()
         if self._speaker is not None:  # else its line might follow the next one
             self._speaker.join()
+            self._speaker = None
         super().stop()
 
     def _speak(self, patience: float) -> None:

@@ -171,6 +171,19 @@ def test_a_version_of_an_earlier_release_stays_and_gets_a_loadable_one_beside_it
     assert client(root).get_model_version("demo", "1").source == str(stage.path)
 
 
+def test_experiments_are_shown_as_model_training_unless_somebody_chose(root: Path, tracker: Tracker) -> None:
+    kind, ours = "mlflow.experimentKind", "custom_model_development"
+    number = tracker.experiment_id
+    assert number is not None and client(root).get_experiment(number).tags[kind] == ours
+    client(root).set_experiment_tag(number, kind, "genai_development")
+    assert Tracker.connect(TrackingConfig(), root).experiment_id == number
+    assert client(root).get_experiment(number).tags[kind] == "genai_development"
+    # An experiment of an earlier version has none.
+    client(root).delete_experiment_tag(number, kind)
+    assert Tracker.connect(TrackingConfig(), root).experiment_id == number
+    assert client(root).get_experiment(number).tags[kind] == ours
+
+
 def test_resuming_takes_up_the_same_run(root: Path, tracker: Tracker) -> None:
     run_id = started(tracker, "arm", params={"seed": 0, "lr": 0.1}, tags={"a": "1"})
     tracker.finish(run_id, DivergedError("no finite gradient"))

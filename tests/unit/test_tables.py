@@ -13,8 +13,10 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+from PIL import Image
 from scipy.stats import t
 
+from lifelong_moe.storage.keys import content_key
 from tests.benchmarks import corpora
 
 ROOT = Path(__file__).parents[2]
@@ -31,6 +33,16 @@ def test_pages_hold_what_the_json_says(maker: ModuleType) -> None:
     for page in maker.pages():
         text = page.read_text(encoding="utf-8")
         assert maker.with_tables(text) == text, f"{page.name}: run PYTHONPATH=$PWD python docs/make_tables.py"
+
+
+def test_pictures_show_what_the_json_says_and_stand_in_a_page(maker: ModuleType) -> None:
+    shown = importlib.import_module("make_pictures").pictures()
+    for path, data in shown.items():
+        key = Image.open(ROOT / "docs" / path).info.get("Source")
+        assert key == content_key(data), f"{path}: run PYTHONPATH=$PWD python docs/make_pictures.py"
+    pages = "".join(page.read_text(encoding="utf-8") for page in (ROOT / "README.md", *(ROOT / "docs").glob("*.md")))
+    drawn = {path.name for path in (ROOT / "docs/results").glob("*.png")}
+    assert drawn == {Path(path).name for path in shown} and all(f"results/{name})" in pages for name in drawn)
 
 
 def test_every_table_that_is_made_stands_in_one_page(maker: ModuleType) -> None:

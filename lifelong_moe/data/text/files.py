@@ -8,7 +8,6 @@ must be text.
 from __future__ import annotations
 
 import errno
-import glob
 import itertools
 import os
 import stat
@@ -21,6 +20,7 @@ from typing import Any
 from lifelong_moe.config.data import SourceConfig, patterns
 from lifelong_moe.data.formats.compression import COMPRESSED
 from lifelong_moe.data.formats.encodings import UTF8, declared_by, decoded
+from lifelong_moe.data.formats.globs import matching
 from lifelong_moe.data.formats.html import text_of_html
 from lifelong_moe.data.formats.limits import MAX_HTML_BYTES, MAX_SOURCE_FILES, MAX_TEXT_FILE_BYTES, Quota
 from lifelong_moe.data.formats.outcomes import FileOutcome, LeftOutError, Outcome, sentence
@@ -203,8 +203,8 @@ def _matching(pattern: str) -> list[Path]:
         if Path(pattern).exists():
             found = [Path(pattern)]
         else:
-            # `**` can yield one path twice, and glob's order is the file system's.
-            names = itertools.islice(glob.iglob(pattern, recursive=True), 2 * MAX_SOURCE_FILES)
+            # A path can come twice, and glob's order is the file system's.
+            names = itertools.islice(matching(pattern), 2 * MAX_SOURCE_FILES)
             found = sorted({Path(name) for name in names})
     # Too long a name, or one that holds NUL.
     except (OSError, ValueError) as error:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import re
+import threading
 import time
 
 import pytest
@@ -28,6 +29,17 @@ def test_a_log_names_what_is_under_way_and_says_so_again(monkeypatch: pytest.Mon
     said = len(file.getvalue())
     time.sleep(0.1)
     assert len(file.getvalue()) == said
+
+
+def test_what_is_started_twice_speaks_once() -> None:
+    before = threading.active_count()
+    status = SafeConsole(io.StringIO(), patience=60.0, width=80).status("evaluating")
+    status.start()
+    with status:
+        assert threading.active_count() == before + 1
+    assert threading.active_count() == before
+    with status:  # and again after its end
+        assert threading.active_count() == before + 1
 
 
 @pytest.mark.parametrize("options", [{"patience": 60.0}, {"patience": None}, {"patience": 0.0, "quiet": True}], ids=str)
