@@ -38,7 +38,8 @@ def test_pages_hold_what_the_json_says(maker: ModuleType) -> None:
 def test_pictures_show_what_the_json_says_and_stand_in_a_page(maker: ModuleType) -> None:
     shown = importlib.import_module("make_pictures").pictures()
     for path, data in shown.items():
-        key = Image.open(ROOT / "docs" / path).info.get("Source")
+        with Image.open(ROOT / "docs" / path) as picture:
+            key = picture.info.get("Source")
         assert key == content_key(data), f"{path}: run PYTHONPATH=$PWD python docs/make_pictures.py"
     pages = "".join(page.read_text(encoding="utf-8") for page in (ROOT / "README.md", *(ROOT / "docs").glob("*.md")))
     drawn = {path.name for path in (ROOT / "docs/results").glob("*.png")}
