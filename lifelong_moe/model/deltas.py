@@ -12,7 +12,7 @@ Source:
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,11 +36,21 @@ class GenerationSlices:
     """Number of tokens of each generation."""
 
     @classmethod
-    def of(cls, domain_ids_T: Tensor, num_generations: int) -> GenerationSlices:
-        """Sort tokens by generation; a generation that the model does not have counts as generation 0."""
+    def of(
+        cls, domain_ids_T: Tensor, num_generations: int, domain_counts: Sequence[int] | None = None
+    ) -> GenerationSlices:
+        """Sort tokens by generation; a generation that the model does not have counts as generation 0.
+
+        Without ``domain_counts``, the number of tokens of each domain, the host waits for the device to learn it.
+        """
         known_T = torch.where(domain_ids_T < num_generations, domain_ids_T, 0)
-        order_T, counts = sort_by_expert(known_T, num_generations)
-        return cls(order_T, inverse_permutation(order_T), counts.tolist())
+        order_T, counts_G = sort_by_expert(known_T, num_generations)
+        if domain_counts is None:
+            counts: list[int] = counts_G.tolist()
+        else:
+            counts = [*domain_counts[:num_generations], *[0] * (num_generations - len(domain_counts))]
+            counts[0] += sum(domain_counts[num_generations:])
+        return cls(order_T, inverse_permutation(order_T), counts)
 
     @property
     def present(self) -> frozenset[int]:
@@ -183,9 +193,9 @@ class DeltaEmbedding(nn.Embedding):
         """Add a generation, with a change of its own if its rank is not 0."""
         self.deltas.add_generation(self.weight, rank)
 
-    def slices(self, domain_ids: Tensor | None) -> GenerationSlices | None:
+    def slices(self, domain_ids: Tensor | None, domain_counts: Sequence[int] | None = None) -> GenerationSlices | None:
         """Tokens ``(...)`` sorted by generation; None if generations have nothing of their own in the trunk."""
-        return generation_slices(self.deltas, self.added, domain_ids)
+        return generation_slices(self.deltas, self.added, domain_ids, domain_counts)
 
     def forward(self, token_ids_BS: Tensor, generations: GenerationSlices | None = None) -> Tensor:
         """int64 ``(B, S)`` to ``(B, S, D)``."""
@@ -207,8 +217,13 @@ class DeltaEmbedding(nn.Embedding):
         return torch.where((token_ids_N < known).unsqueeze(-1), found_ND, new_ND.to(found_ND.dtype))
 
 
-def generation_slices(deltas: Deltas, rows: TokenRows, domain_ids: Tensor | None) -> GenerationSlices | None:
-    """Tokens ``(...)`` sorted by generation; None if no generation has changes or rows of its own."""
+def generation_slices(
+    deltas: Deltas, rows: TokenRows, domain_ids: Tensor | None, domain_counts: Sequence[int] | None = None
+) -> GenerationSlices | None:
+    """Tokens ``(...)`` sorted by generation; None if no generation has changes or rows of its own.
+
+    For ``domain_counts`` see :meth:`GenerationSlices.of`.
+    """
     if domain_ids is None or not (deltas or rows):
         return None
-    return GenerationSlices.of(domain_ids.flatten(), deltas.num_generations)
+    return GenerationSlices.of(domain_ids.flatten(), deltas.num_generations, domain_counts)

@@ -5,7 +5,7 @@ Legend: B batch, S sequence, T tokens, D model width, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -33,7 +33,7 @@ class LinearHead(DeltaLinear):
         """Whether the matrix is the same for every token."""
         return not self.deltas and not self.added
 
-    def slices(self, domain_ids: Tensor | None) -> GenerationSlices | None:
+    def slices(self, domain_ids: Tensor | None, domain_counts: Sequence[int] | None = None) -> GenerationSlices | None:
         """Tokens ``(...)`` sorted by generation; None if all use the same matrix.
 
         Raises:
@@ -41,7 +41,7 @@ class LinearHead(DeltaLinear):
         """
         if domain_ids is None and not self.is_one_matrix:
             raise ValueError("generations have heads of their own: give the domain_ids that the model has read.")
-        return generation_slices(self.deltas, self.added, domain_ids)
+        return generation_slices(self.deltas, self.added, domain_ids, domain_counts)
 
     def weight_of(self, generation: int) -> Tensor:
         """The weight that a generation's tokens use, as many rows as its vocabulary has tokens."""
@@ -52,13 +52,15 @@ class LinearHead(DeltaLinear):
         """What the head reads of the final hidden states and the last layer's routing, one row per token."""
         return hidden_BSD
 
-    def logits(self, hidden: Tensor, domain_ids: Tensor | None = None) -> Tensor:
+    def logits(
+        self, hidden: Tensor, domain_ids: Tensor | None = None, domain_counts: Sequence[int] | None = None
+    ) -> Tensor:
         """Logits of hidden states ``(..., D)``, whose domains ``(...)`` matter where generations have deltas or rows.
 
         Returns:
             ``(..., V)``, V of all vocabularies: minus infinity for tokens of generations after the hidden state's own.
         """
-        generations = self.slices(domain_ids)
+        generations = self.slices(domain_ids, domain_counts)
         if not self.added:
             return self(hidden, generations)
         num_tokens = len(self.weight) + sum(len(rows) for rows in self.added.values())
@@ -71,12 +73,21 @@ class LinearHead(DeltaLinear):
         logits_TV = of(0, hidden_TD) if generations is None else generations.apply(hidden_TD, of)
         return logits_TV.view(*hidden.shape[:-1], -1)
 
-    def cross_entropy(self, hidden_TD: Tensor, target_T: Tensor, domain_ids_T: Tensor | None = None) -> Tensor:
-        """Mean next-token loss in nats, scalar float32; all logits are never in memory at once."""
+    def cross_entropy(
+        self,
+        hidden_TD: Tensor,
+        target_T: Tensor,
+        domain_ids_T: Tensor | None = None,
+        domain_counts: Sequence[int] | None = None,
+    ) -> Tensor:
+        """Mean next-token loss in nats, scalar float32; all logits are never in memory at once.
+
+        With ``domain_counts``, the number of tokens of each domain, the host need not wait for the device.
+        """
         # Means over each generation's tokens, weighted by their number: the mean over all tokens.
         parts = [
             linear_cross_entropy(hidden_TD[rows], self.weight_of(generation), target_T[rows]) * share
-            for generation, rows, share in self._slices(domain_ids_T)
+            for generation, rows, share in self._slices(domain_ids_T, domain_counts)
         ]
         return torch.stack(parts).sum()
 
@@ -88,9 +99,11 @@ class LinearHead(DeltaLinear):
             nats_T[rows] = token_nats(hidden_TD[rows], self.weight_of(generation), target_T[rows])
         return nats_T
 
-    def _slices(self, domain_ids_T: Tensor | None) -> Iterator[tuple[int, Tensor | slice, float]]:
+    def _slices(
+        self, domain_ids_T: Tensor | None, domain_counts: Sequence[int] | None = None
+    ) -> Iterator[tuple[int, Tensor | slice, float]]:
         """Each generation in use, its tokens, and their share of all."""
-        generations = self.slices(domain_ids_T)
+        generations = self.slices(domain_ids_T, domain_counts)
         if generations is None:
             yield 0, slice(None), 1.0
             return

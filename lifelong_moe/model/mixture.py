@@ -7,6 +7,8 @@ Legend: B batch, S sequence, T = B·S tokens, E experts, D model width, V vocabu
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -64,7 +66,9 @@ class MixtureHead(LinearHead):
         assert routing.log_weights_TK is not None
         return pack(hidden_BSED, routing.log_weights_TK.unflatten(0, hidden_BSED.shape[:2]))
 
-    def logits(self, hidden: Tensor, domain_ids: Tensor | None = None) -> Tensor:
+    def logits(
+        self, hidden: Tensor, domain_ids: Tensor | None = None, domain_counts: Sequence[int] | None = None
+    ) -> Tensor:
         """Logarithms of probabilities, float32 ``(..., V)``; their exponentials sum to 1."""
         # shape: (..., E, D) and (..., E)
         hidden, log_gates = unpack(hidden, self.in_features)
@@ -72,7 +76,13 @@ class MixtureHead(LinearHead):
         log_probs = F.linear(hidden, self.weight).float().log_softmax(dim=-1)
         return torch.logsumexp(log_gates.float().unsqueeze(-1) + log_probs, dim=-2)
 
-    def cross_entropy(self, hidden_TD: Tensor, target_T: Tensor, domain_ids_T: Tensor | None = None) -> Tensor:
+    def cross_entropy(
+        self,
+        hidden_TD: Tensor,
+        target_T: Tensor,
+        domain_ids_T: Tensor | None = None,
+        domain_counts: Sequence[int] | None = None,
+    ) -> Tensor:
         """Mean next-token loss in nats, scalar float32."""
         return self._nats(hidden_TD, target_T).mean()
 

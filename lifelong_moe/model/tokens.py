@@ -6,7 +6,7 @@ Legend: B batch, S sequence.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
@@ -26,6 +26,11 @@ class TokenBatch:
     """True for real tokens; all by default. Padding must be on the right."""
     old_text_BS: Tensor | None = None
     """True for text of earlier stages; given in a router's review only."""
+    document_starts: tuple[int, ...] | None = None
+    """First token of each document in the flattened batch, where the host knows it; else it asks the device, and
+    waits."""
+    domain_counts: tuple[int, ...] | None = None
+    """Number of tokens of each domain, likewise."""
 
     @classmethod
     def of(cls, batch: Mapping[str, Tensor]) -> TokenBatch:
@@ -33,6 +38,7 @@ class TokenBatch:
         return cls(batch["token_ids"], batch["document_ids"], batch["domain_ids"], batch["mask"])
 
     def __getitem__(self, rows: slice | Tensor) -> TokenBatch:
-        """Some of the sequences."""
-        # Every field is (B, S) or None.
-        return TokenBatch(**{name: known_BS[rows] for name, known_BS in vars(self).items() if known_BS is not None})
+        """Some of the sequences, without what the host knows of all."""
+        # Every tensor is (B, S).
+        tensors = {name: known[rows] for name, known in vars(self).items() if isinstance(known, Tensor)}
+        return replace(self, **tensors, document_starts=None, domain_counts=None)

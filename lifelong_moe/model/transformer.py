@@ -265,15 +265,17 @@ class LanguageModel(nn.Module):
             raise ValueError("a cache that is not empty takes one token at a time")
         mask: Tensor | Documents | None = None
         if self.separates_documents and batch.document_ids_BS is not None:
-            documents_BS = batch.document_ids_BS
-            mask = Documents.of(documents_BS) if cache is None else cache.within_documents(documents_BS)
+            if cache is None:
+                mask = Documents.of(batch.document_ids_BS, batch.document_starts)
+            else:
+                mask = cache.within_documents(batch.document_ids_BS)
         positions = length if cache is None else cache.length + length
         if config.window is not None and positions > config.window:
             seen, within = window_mask(length, positions, config.window, device), mask
             within = within.mask if isinstance(within, Documents) else within
             mask = seen if within is None else seen & within
         # Sorted once, for all layers.
-        generations = self.embedding.slices(batch.domain_ids_BS)
+        generations = self.embedding.slices(batch.domain_ids_BS, batch.domain_counts)
         if cache is None:
             return AttentionContext(position_tables(config, length, device), mask, generations)
         if cache.rotary is None:  # computed once for all positions, not at every step

@@ -52,14 +52,13 @@ class Documents:
     """First token of each document in the flattened batch; a row begins one."""
 
     @classmethod
-    def of(cls, document_ids_BS: Tensor) -> Documents:
-        """Find where documents begin. On CUDA this waits once for the device.
+    def of(cls, document_ids_BS: Tensor, starts: tuple[int, ...] | None = None) -> Documents:
+        """Find where documents begin, unless that is known. On CUDA this waits for the device.
 
         A fixed number of documents would not have to wait, but FlashAttention's backward takes memory for 128 tokens
         more with each document, also an empty one.
         """
-        starts_BS = document_starts(document_ids_BS)
-        return cls(document_ids_BS, tuple(starts_BS.flatten().nonzero().flatten().tolist()))
+        return cls(document_ids_BS, starts_of(document_ids_BS) if starts is None else starts)
 
     @cached_property
     def lengths(self) -> list[int]:
@@ -95,6 +94,11 @@ class Documents:
     def pairs(self) -> int:
         """Pairs of a query and a key of the same document, both ways."""
         return sum(length * length * count for length, count in self.length_counts)
+
+
+def starts_of(document_ids_BS: Tensor) -> tuple[int, ...]:
+    """First token of each document in the flattened batch."""
+    return tuple(document_starts(document_ids_BS).flatten().nonzero().flatten().tolist())
 
 
 def document_starts(document_ids_BS: Tensor) -> Tensor:

@@ -250,8 +250,8 @@ class Router(nn.Module):
     def owners(self, sizes: list[int], device: torch.device) -> Tensor:
         """Which of several generations (or groups) of these sizes each expert belongs to, int64 ``(E,)``."""
         if self._owners is None or self._owners[0] != sizes or self._owners[1].device != device:
-            # Made on the CPU and kept: to copy it at each step would make a GPU wait.
-            owners_E = torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes)).to(device)
+            # Made there and kept: a copy from the CPU would make a GPU wait.
+            owners_E = torch.cat([torch.full((size,), owner, device=device) for owner, size in enumerate(sizes)])
             self._owners = list(sizes), owners_E
         return self._owners[1]
 

@@ -77,6 +77,18 @@ def test_growth_fisher_generated_text_and_evaluation_run_on_the_device_that_trai
     assert all(found and all(found) for found in asked.values()), asked
 
 
+def test_the_default_method_runs_there_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bundles, low-rank changes of the trunk, a mixture of generations; in the GPU's own precision."""
+    config = configure()
+    config["trainer"]["precision"] = "bf16-mixed"
+    holds = {key: config["stage_defaults"][key] for key in ("tokens", "optim")}
+    config |= {"method": "lifelong", "stage_defaults": holds, "routing": {"top_k": 2}}
+    read = watch(monkeypatch, reading, "_arrays")
+    with pretended_gpu():
+        report, _ = train(write_config(config))
+    assert report["stages"][-1]["name"] == "code" and read and all(read)
+
+
 def stop_after(patch: pytest.MonkeyPatch, steps: int) -> None:
     """Ask for an end, as SIGTERM does, after so many steps of this process."""
     original, taken = StepCheckpoint.on_train_batch_end, []

@@ -158,7 +158,7 @@ class StageModule(LightningModule):
             # A micro-batch of prompts alone: a mean would be NaN, and a constant 0 would have no graph for backward.
             return hidden_TD.sum()
         targets_T, domains_T = _scored(batch, batch["target_ids"]), _scored(batch, batch["domain_ids"])
-        return self.model.head.cross_entropy(hidden_TD, targets_T, domains_T)
+        return self.model.head.cross_entropy(hidden_TD, targets_T, domains_T, batch["known"]["scored_domains"])
 
     def _language_losses(self, batch: WeightedBatch, output: ModelOutput) -> tuple[Tensor, dict[str, Tensor]]:
         """Next-token loss and distillation: their weighted sum, and each of them."""
@@ -186,9 +186,11 @@ class StageModule(LightningModule):
             total, nats, kl = linear_losses(hidden_TD, self.model.head.weight, targets_T, teacher_targets)
             return share * total, {"loss": nats, "distill_loss": kl}
         nats = self._next_token_loss(batch, hidden_TD)
-        student_NV = self.model.head.logits(hidden_TD[tokens_N], _scored(batch, batch["domain_ids"])[tokens_N])
+        domains_N, known = _scored(batch, batch["domain_ids"])[tokens_N], batch["known"]
+        student_NV = self.model.head.logits(hidden_TD[tokens_N], domains_N, known["distilled_domains"])
         teacher_domains_RS = batch["teacher_domain_ids"][batch["distilled"]]
-        teacher_NV = teacher.head.logits(teacher_ND, _scored(batch, teacher_domains_RS, "distilled_positions"))
+        theirs_N = _scored(batch, teacher_domains_RS, "distilled_positions")
+        teacher_NV = teacher.head.logits(teacher_ND, theirs_N, known["teacher_distilled_domains"])
         kl = distillation_loss(student_NV, teacher_NV, config.temperature)
         return share * nats + weight * kl, {"loss": nats, "distill_loss": kl}
 
@@ -203,7 +205,10 @@ class StageModule(LightningModule):
             return self.teacher_cache.hidden(
                 batch["block"][rows], lambda i: teacher(teacher_batch[i : i + 1]).hidden_BSD
             )
-        below = output.below_BSD
+        known, below = batch["known"], output.below_BSD
+        teacher_batch = replace(
+            teacher_batch, document_starts=known["teacher_starts"], domain_counts=known["teacher_domains"]
+        )
         if not self._shared_blocks or below is None:
             return teacher(teacher_batch).hidden_BSD
         return teacher(teacher_batch, split=self._shared_blocks, below_BSD=below[rows]).hidden_BSD
@@ -311,7 +316,8 @@ def _matrices(gradients: Iterable[Tensor]) -> list[Tensor]:
 
 
 def _tokens(batch: WeightedBatch) -> TokenBatch:
-    return TokenBatch(batch["token_ids"], batch["document_ids"], batch["domain_ids"], batch["mask"])
+    tensors, known = (batch["token_ids"], batch["document_ids"], batch["domain_ids"], batch["mask"]), batch["known"]
+    return TokenBatch(*tensors, document_starts=known["starts"], domain_counts=known["domains"])
 
 
 def _scored(

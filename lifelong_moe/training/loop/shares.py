@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from lifelong_moe.config.retention import DistillConfig
+from lifelong_moe.ops.document_attention import starts_of
 from lifelong_moe.plan.spec import StageSpec
 from lifelong_moe.retention.teacher import distilled_rows
 
@@ -44,6 +45,25 @@ class Batch(TypedDict):
     """``(B,)``: number of the block among those of all sources."""
 
 
+class Known(TypedDict):
+    """Numbers of a micro-batch for which the host would have to wait once it is on a device."""
+
+    starts: tuple[int, ...]
+    """First token of each document in the flattened batch."""
+    domains: tuple[int, ...]
+    """Tokens of each domain."""
+    scored_domains: tuple[int, ...]
+    """Scored tokens of each domain."""
+    distilled_domains: tuple[int, ...]
+    """Tokens of each domain among those on which the teacher is asked."""
+    teacher_starts: tuple[int, ...]
+    """As ``starts``, of the rows that the teacher reads."""
+    teacher_domains: tuple[int, ...]
+    """Tokens of each of the teacher's domains in its rows."""
+    teacher_distilled_domains: tuple[int, ...]
+    """Of these the tokens on which it is asked."""
+
+
 class WeightedBatch(Batch):
     """A micro-batch with its weight in the step."""
 
@@ -52,6 +72,7 @@ class WeightedBatch(Batch):
     step are absent."""
     distill_weight: float
     """The share of ``distill_loss`` times the step's distilled sequences over their expected number."""
+    known: Known
     distilled: Tensor
     """Rows on which the teacher is asked ``(R,)``."""
     distilled_tokens: Tensor
@@ -122,6 +143,7 @@ def with_shares(batch: Batch, spec: StageSpec, step: Tally | None = None, micro_
         **batch,
         "shares": shares,
         "distill_weight": shares.get("distill_loss", 0.0) * step.distilled_sequences / expected if expected else 0.0,
+        "known": _known(batch, rows, distilled_BS),
         "distilled": rows,
         "distilled_tokens": distilled_T[scored_T].nonzero().squeeze(1),
     }
@@ -130,6 +152,25 @@ def with_shares(batch: Batch, spec: StageSpec, step: Tally | None = None, micro_
         weighted["scored_positions"] = scored_T.nonzero().squeeze(1)
         weighted["distilled_positions"] = scored_BS[rows].flatten().nonzero().squeeze(1)
     return weighted
+
+
+def _known(batch: Batch, rows: Tensor, distilled_BS: Tensor) -> Known:
+    documents_BS, domains_BS, scored_BS = batch["document_ids"], batch["domain_ids"], batch["scored"]
+    theirs_RS = batch["teacher_domain_ids"][rows]
+    return {
+        "starts": starts_of(documents_BS),
+        "domains": _counts(domains_BS),
+        "scored_domains": _counts(domains_BS[scored_BS]),
+        "distilled_domains": _counts(domains_BS[distilled_BS]),
+        "teacher_starts": starts_of(documents_BS[rows]),
+        "teacher_domains": _counts(theirs_RS),
+        "teacher_distilled_domains": _counts(theirs_RS[scored_BS[rows]]),
+    }
+
+
+def _counts(domain_ids: Tensor) -> tuple[int, ...]:
+    """Tokens of each domain."""
+    return tuple(torch.bincount(domain_ids.flatten()).tolist())
 
 
 def _rows(replayed_B: Tensor, ordinal_B: Tensor, config: DistillConfig | None) -> Tensor:

@@ -37,6 +37,8 @@ def bundles(request: pytest.FixtureRequest) -> Tensor:
 
 def test_slices_by_hand() -> None:
     slices = GenerationSlices.of(torch.tensor([1, 0, 5, 1]), 2)
+    assert GenerationSlices.of(torch.tensor([1, 0, 5, 1]), 2, (1, 2, 0, 0, 0, 1)).counts == slices.counts == [2, 2]
+    assert GenerationSlices.of(torch.tensor([0, 0]), 3, (2,)).counts == [2, 0, 0]
     assert slices.counts == [2, 2] and slices.order_T.tolist() == [1, 2, 0, 3]
     seen = {}
 

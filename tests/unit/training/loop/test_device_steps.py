@@ -1,0 +1,139 @@
+"""A training step on a pretended GPU: every router, precision, mask and teacher, and how often the host has to wait.
+
+Each wait empties the device's queue: what the host prepares next cannot overlap with what is computed. The bounds are
+what a step takes today; a change that needs more fails here, and one that needs fewer lowers the number. The goal, one
+wait an optimizer step, is reached by the default method.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from lifelong_moe.config.run import RunConfig
+from lifelong_moe.model.tokens import TokenBatch
+from lifelong_moe.model.transformer import LanguageModel
+from lifelong_moe.ops.document_attention import starts_of
+from lifelong_moe.plan.architecture import Generation
+from lifelong_moe.plan.methods import stage_specs
+from lifelong_moe.retention.teacher import make_teacher
+from lifelong_moe.training.loop.module import StageModule
+from lifelong_moe.training.loop.shares import with_shares
+from tests.conftest import ROUTER_KINDS
+from tests.pretended_gpu import Log, Pretended, pretended_gpu
+
+Make = Callable[..., LanguageModel]
+Batch = Callable[..., dict[str, Tensor]]
+MakeRun = Callable[..., RunConfig]
+
+SHAPE = {"layers": 2, "width": 32, "heads": 4, "kv_heads": 2, "expert_width": 16, "context": 32}
+OLD = (Generation("s0", 8), Generation("s1", 4, delta_rank=4))
+DEFAULT = (*OLD, Generation("s2", 4, delta_rank=4))
+"""Generations of the default method: experts, router rows and low-rank changes each."""
+
+WAITS = {
+    # kind: (a step, and one with a teacher), in bfloat16 and two layers, where the step's means are one
+    "default": (1, 1), "learned": (1, 1), "sigmoid": (1, 1), "label": (1, 1), "hash": (1, 1), "multi_hash": (1, 1),
+    "document": (1, 1), "token_embedding": (1, 1), "token_hidden": (1, 1), "bundles": (1, 1),
+    "labelled_bundles": (1, 1), "hierarchical": (1, 1), "dense": (1, 1), "competing": (1, 1),
+    # which places, or how many, the device decides
+    "noisy": (5, 5), "expert_choice": (3, 5), "base": (9, 9), "relu": (15, 17), "switch": (9, 17), "gshard": (9, 17),
+    "vmoe": (9, 17), "by_choice": (9, 17), "by_batch": (9, 17), "at_random": (11, 19), "next_choice": (73, 145),
+}  # fmt: skip
+SLICED = 2
+"""More in float32, and for a teacher as many again: experts in slices read each layer's counts."""
+
+
+def taken(make_model: Make, make_batch: Batch, make_run: MakeRun, kind: str, precision: str, distils: bool) -> Log:
+    """One step: forward, backward, clipping, optimizer and routers."""
+    masked = distils or kind in ("document", "default") or "bundles" in kind
+    model = _model(make_model, kind, masked, DEFAULT if kind == "default" else (8,))
+    teacher = _model(make_model, kind, masked, OLD if kind == "default" else (8,)) if distils else None
+    spec = stage_specs(make_run())[1]
+    spec = replace(
+        spec,
+        model=model.architecture.model,
+        routing=model.architecture.routing,
+        distill=spec.distill if distils else None,
+        grow=None,
+    )
+    batch = with_shares(make_batch(4, 32, domains=len(model.architecture.generations)), spec)
+    dtype = torch.bfloat16 if precision == "bf16-true" else torch.float32
+    with pretended_gpu() as log:
+        model.to("cuda:0", dtype)
+        if teacher is not None:
+            teacher = make_teacher(teacher, ()).to("cuda:0", dtype)
+        module = StageModule(model.train(), spec, spec.phases()[0], teacher)
+        module.to("cuda:0")
+        module.on_fit_start()
+        optimizer = module.configure_optimizers()["optimizer"]
+        moved = {k: v.to("cuda:0", non_blocking=True) if isinstance(v, Tensor) else v for k, v in batch.items()}
+        log.clear()
+        mixed = torch.autocast("cuda", dtype=torch.bfloat16)
+        with mixed if precision == "bf16-mixed" else contextlib.nullcontext():
+            loss = module.training_step(moved, 0)["loss"]
+        loss.backward()
+        module.configure_gradient_clipping(optimizer)
+        optimizer.step()
+        for layer in model.moe_layers():
+            layer.router.end_step(True)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    assert all(isinstance(p, Pretended) and (p.grad is None or isinstance(p.grad, Pretended)) for p in trained)
+    assert any(p.grad is not None for p in trained)
+    return log
+
+
+def _model(make_model: Make, kind: str, masked: bool, generations: tuple[Generation | int, ...]) -> LanguageModel:
+    router = {"default": "bundles", "competing": "dense"}.get(kind, kind)
+    routing = {"competitive": True} if kind == "competing" else {}
+    shape = SHAPE | ({"document_mask": True} if masked else {})
+    model = make_model(router, generations, model=shape, routing=routing)
+    if kind == "default":
+        for parameter in model.parameters():
+            parameter.requires_grad_(False)
+        for name, place in model.places().items():
+            if place.generation == len(generations) - 1:
+                model.get_parameter(name).requires_grad_(True)
+    return model
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "bf16-true"])
+@pytest.mark.parametrize("kind", WAITS)
+def test_no_step_mixes_devices_or_waits_more_than_it_did(
+    make_model: Make, make_batch: Batch, make_run: MakeRun, kind: str, precision: str
+) -> None:
+    log = taken(make_model, make_batch, make_run, kind, precision, distils=False)
+    assert log.num_waits <= WAITS[kind][0] + SLICED * (precision == "32-true"), log.waits
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+@pytest.mark.parametrize("kind", WAITS)
+def test_nor_does_one_with_a_teacher(
+    make_model: Make, make_batch: Batch, make_run: MakeRun, kind: str, precision: str
+) -> None:
+    log = taken(make_model, make_batch, make_run, kind, precision, distils=True)
+    assert log.num_waits <= WAITS[kind][1] + 2 * SLICED * (precision == "32-true"), log.waits
+
+
+def test_every_kind_is_in_the_table() -> None:
+    assert WAITS.keys() - ROUTER_KINDS.keys() == {"default", "competing"} and not ROUTER_KINDS.keys() - WAITS.keys()
+
+
+def test_what_the_host_knows_beforehand_is_what_it_would_ask_for(make_model: Make, make_batch: Batch) -> None:
+    model = _model(make_model, "default", True, DEFAULT)
+    # Also a domain that no generation is of, which counts as the first.
+    batch = TokenBatch.of(make_batch(4, 32, domains=len(DEFAULT) + 1))
+    assert batch.domain_ids_BS is not None and batch.document_ids_BS is not None
+    counts, starts = tuple(torch.bincount(batch.domain_ids_BS.flatten()).tolist()), starts_of(batch.document_ids_BS)
+    asked, known = model(batch), model(replace(batch, document_starts=starts, domain_counts=counts))
+    assert torch.equal(asked.hidden_BSD, known.hidden_BSD)
+    hidden_TD, domains_T = asked.hidden_BSD.flatten(0, 1), batch.domain_ids_BS.flatten()
+    targets_T = batch.ids_BS.flatten()
+    losses = [model.head.cross_entropy(hidden_TD, targets_T, domains_T, one) for one in (None, counts)]
+    assert torch.equal(*losses)
+    assert torch.equal(*(model.head.logits(hidden_TD, domains_T, one) for one in (None, counts)))
