@@ -18,6 +18,8 @@ from lifelong_moe.model.transformer import LanguageModel
 from lifelong_moe.training.callbacks.interrupt import Interrupt
 from lifelong_moe.training.loop.ranks import run_ranks
 
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="autograd does not survive a fork once CUDA is there")
+
 STEPS, RANKS = 4, 2
 Make = Callable[..., LanguageModel]
 
