@@ -164,7 +164,8 @@ def _no_file(path: Path) -> str | None:
 def settled(corpus: Corpus) -> tuple[FileOutcome, ...]:
     """What became of a corpus's files, now that duplicates, near copies and what is too much are left out of it."""
     files = {file.file: file for file in corpus.files}
-    kept = {_file_of(document.origin, files) for document in (*corpus.train, *corpus.heldout)}
+    # One after the other: together they may not fit into memory.
+    kept = {_file_of(document.origin, files) for document in itertools.chain(corpus.train, corpus.heldout)}
     near = {_file_of(document.origin, files) for document in corpus.near_copies}
     beyond = {_file_of(origin, files) for origin in corpus.beyond}
 
