@@ -73,6 +73,11 @@ class Recorder:
             recorder._use_spool("is not usable", unusable(uri, failed))
         return recorder
 
+    @classmethod
+    def owes(cls, config: TrackingConfig, root: Path) -> bool:
+        """Whether something waits to be recorded, for the arguments of :meth:`connect`; without importing MLflow."""
+        return config.enabled and not Spool(root, resolve_uri(config.uri, root)).empty
+
     def _open(self, root: Path) -> str | None:
         """Open the store and deliver the spool to it; return why that failed, if it did."""
         assert self._spool is not None

@@ -21,13 +21,15 @@ from lifelong_moe.store.head import RunHead
 from lifelong_moe.store.runs import OpenRun, RunRecord, require_head, timestamp
 from lifelong_moe.store.stages import CommittedStage, StageStore
 from lifelong_moe.store.ticks import LastTick, SettledBatch
+from lifelong_moe.tracking.tracker import Tracker
 from pipelines.retrain import hooks
 from pipelines.retrain.outcome import ServingVersion, TickOutcome
 from pipelines.retrain.render import print_outcome
 from pipelines.shared.kept_text import remembered_by
 from pipelines.shared.novelty import NewDocuments, arrived
 from pipelines.shared.places import CACHE, ROOT
-from pipelines.versions.candidates import served_stages
+from pipelines.shared.recorded import show_champion
+from pipelines.versions.served import served_stages
 
 
 class Tick(OpenRun):
@@ -57,6 +59,17 @@ class Tick(OpenRun):
         if ended.outcome != "idle" and not repeated:
             hooks.tell(self.retraining.settings.hooks, ended)
         return ended
+
+    def tell_champion(self) -> None:
+        """Send MLflow what it missed, and which version serves."""
+        # After an idle tick all is told but what the spool holds, and opening MLflow takes longer than such a tick.
+        last, tracking = self.head.last_tick, self.config.tracking
+        if last is not None and last.outcome in ("idle", "waiting") and not Tracker.owes(tracking, ROOT):
+            return
+        # A server that was away during an earlier tick learns of its outcome even if nothing new arrives.
+        tracker = Tracker.connect(tracking, ROOT)
+        if tracker.connected:
+            show_champion(self.head, tracker)
 
     def open_batch(self, batch: str) -> None:
         """Note in the head that a batch's text is about to be written.

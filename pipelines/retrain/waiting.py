@@ -1,4 +1,4 @@
-"""Text that waits for more: when there is enough to look at, and when to look at a batch again.
+"""Text that waits for more: when to look at a batch again.
 
 Probes cost training. So a waiting batch is left alone until the champion, the settings or its documents change, or as
 much text has joined it as would be worth a look by itself.
@@ -11,30 +11,12 @@ from contextlib import suppress
 
 from lifelong_moe.data.text.documents import Document
 from lifelong_moe.errors import ConfigError
-from lifelong_moe.retraining.bounds import LEAST_SOURCES
 from lifelong_moe.retraining.decision import Action
 from lifelong_moe.store.runs import latest_timestamp, timestamp
 from pipelines.retrain.plan import plan_path, settings_hash
 from pipelines.retrain.plan_file import PlanFacts, read_plan
 from pipelines.retrain.tick import Tick
 from pipelines.shared.novelty import NewDocuments
-
-
-def too_little(tick: Tick, new: NewDocuments) -> str | None:
-    """Why the new documents are not enough yet; None if they are."""
-    trigger = tick.retraining.settings.trigger
-    if len(new.documents) < trigger.least_documents:
-        return f"{len(new.documents)} new documents are waiting; trigger.least_documents={trigger.least_documents}"
-    # At most half of the sources are held out, and the gate needs LEAST_SOURCES of them.
-    if (sources := len({document.source for document in new.documents})) < 2 * LEAST_SOURCES:
-        return f"{len(new.documents)} new documents are of {sources} source(s); {2 * LEAST_SOURCES} are needed"
-    tokens = tick.count_tokens(new.documents)
-    # Timestamps are ISO 8601 in UTC, so they compare as strings; "" is earlier than all.
-    oldest = timestamp(time.time() - 86400 * trigger.max_days) if trigger.max_days is not None else ""
-    newest = max((version.at for version in tick.head.versions_until(latest_timestamp())), default="")
-    if tokens >= trigger.min_tokens or newest < oldest:
-        return None
-    return f"{tokens:,} new tokens are waiting; trigger.min_tokens={trigger.min_tokens:,}"
 
 
 def still_waiting(tick: Tick, new: NewDocuments) -> PlanFacts | None:

@@ -17,11 +17,12 @@ from lifelong_moe.config.run import RunConfig
 from lifelong_moe.data.formats.limits import MAX_INBOX_BYTES, Quota
 from lifelong_moe.data.text.batches import BatchStore
 from lifelong_moe.data.text.documents import Document, documents_hash, normalized_hash
-from lifelong_moe.data.text.inbox import Inbox, read_inbox
+from lifelong_moe.data.text.inbox import Arrived, Inbox, look_at_inbox, read_inbox
 from lifelong_moe.data.text.near_copies import near_copies
 from lifelong_moe.data.tokens import prepare
 from lifelong_moe.data.tokens.prepare import Texts
 from lifelong_moe.data.tokens.records import Remembered
+from lifelong_moe.storage.keys import content_key
 from lifelong_moe.storage.modes import SHARED
 from pipelines.shared.places import CACHE
 
@@ -89,6 +90,18 @@ def new_documents(inbox: InboxConfig, texts: Texts, settled: Iterable[str], batc
     name, known = f"{found.distribution or 'batch'}-{digest[:8]}", len(found.documents) - len(left)
     sources = batches.sources(documents)
     return NewDocuments(documents, digest, name, found.files, known, sum(copies), sources, found.mode)
+
+
+def look_at(inbox: InboxConfig) -> Arrived | None:
+    """Which files lie in the inbox; None if only reading tells.
+
+    Raises:
+        DataError: The manifest is malformed, or there are too many files.
+    """
+    if inbox.path is not None:
+        return look_at_inbox(Path(inbox.path))
+    # A revision of the hub never changes.
+    return Arrived(1, content_key([inbox.hf, inbox.revision]), 0)
 
 
 def arrived(inbox: InboxConfig) -> set[str]:

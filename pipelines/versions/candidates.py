@@ -14,7 +14,6 @@ from rich.console import Console
 from lifelong_moe.config.load import build_config
 from lifelong_moe.config.run import RunConfig
 from lifelong_moe.config.training import TrainerConfig
-from lifelong_moe.data.text.batches import BatchStore
 from lifelong_moe.data.tokens.prepare import PreparedData, Texts
 from lifelong_moe.data.tokens.records import Remembered
 from lifelong_moe.errors import ConfigError
@@ -39,6 +38,7 @@ from pipelines.shared.novelty import read_texts
 from pipelines.shared.places import CACHE, ROOT
 from pipelines.shared.training import train_stage
 from pipelines.shared.workspace import read_data, require_room
+from pipelines.versions.served import served_stages
 
 
 @dataclass(frozen=True)
@@ -193,30 +193,6 @@ def model_loader(store: StageStore, trainer: TrainerConfig) -> Load:
     """A function from a stage's key to its model, on the device of evaluation."""
     # One model stays in memory: callers measure one model on all distributions before the next.
     return lru_cache(maxsize=1)(lambda key: on_configured_device(load_model(store, store.get(key)), trainer))
-
-
-def served_stages(version: Version, store: StageStore) -> tuple[list[str], list[NewStage]]:
-    """Stages that are still in a version's model: names of the base's, and those that retraining added."""
-    names = {stage.name for stage in version.stages}
-    there = [s for s in version.stages if f"{s.name}.dropped" not in names and s.action not in ("drop", "consolidate")]
-    kept = [stage.name for stage in there if stage.batch is None]
-    added = [
-        NewStage(
-            s.name,
-            batch_files(s.batch, s.sources),
-            store.get(s.key).spec.continues,
-            heldout_fraction=s.heldout_fraction,
-            heldout_sources=s.heldout_sources,
-        )
-        for s in there
-        if s.batch is not None
-    ]
-    return kept, added
-
-
-def batch_files(batch: str, sources: str | None) -> str:
-    """Path of a stored batch's documents, in the copy with these sources."""
-    return str(BatchStore(ROOT).path(batch, sources))
 
 
 def changed_frozen(store: StageStore, before: CommittedStage, after: CommittedStage) -> list[str]:

@@ -27,9 +27,9 @@ from lifelong_moe.training.loop.device import on_configured_device
 from lifelong_moe.training.restore import build_model, load_model
 from pipelines.shared.places import ROOT
 from pipelines.shared.recorded import follow_champion
-from pipelines.versions.drop import with_versions
 from pipelines.versions.gate_derived import gate_derived, served_measurements
 from pipelines.versions.render import print_verdict
+from pipelines.versions.served import with_versions
 
 SAMPLE_TOKENS = 8192
 """Training tokens of each distribution on which usage and similarity are measured."""

@@ -20,12 +20,13 @@ from lifelong_moe.storage.locks import locked
 from lifelong_moe.store.head import RunHead
 from lifelong_moe.store.runs import RunRecord, require_head, timestamp
 from lifelong_moe.store.stages import CommittedStage, StageStore
-from lifelong_moe.store.versions import Version, VersionStage, base_stages, describe
+from lifelong_moe.store.versions import Version, VersionStage, describe
 from lifelong_moe.training.derived import derived_stage, what_remains
 from pipelines.shared.places import ROOT
 from pipelines.shared.recorded import follow_champion
 from pipelines.versions.gate_derived import gate_derived, served_measurements
 from pipelines.versions.render import print_verdict
+from pipelines.versions.served import with_versions
 
 
 @dataclass(frozen=True)
@@ -38,15 +39,6 @@ class DropCandidate:
     """All its stages."""
     remains: list[str]
     """What the model retains of the dropped stage's text, in words; empty if nothing."""
-
-
-def with_versions(store: StageStore, head: RunHead) -> RunHead:
-    """A head with versions: its own, or the finished run as version 0."""
-    # `run` writes no versions; the first command that needs them makes the list.
-    if head.versions:
-        return head
-    head.require_finished()
-    return head.with_base(base_stages(store.chain(head.plan[-1])), timestamp())
 
 
 def drop_candidate(store: StageStore, version: Version, name: str) -> DropCandidate:

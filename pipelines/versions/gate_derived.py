@@ -21,8 +21,9 @@ from lifelong_moe.store.versions import Version
 from pipelines.shared.kept_text import remembered_by, wait_for_text
 from pipelines.shared.places import CACHE, ROOT
 from pipelines.shared.workspace import read_data
-from pipelines.versions.candidates import model_loader, served_stages
+from pipelines.versions.candidates import model_loader
 from pipelines.versions.gating import kinds_of_text
+from pipelines.versions.served import served_stages
 
 
 def served_measurements(head: RunHead, version: Version, store: StageStore, without: str | None = None) -> Measurements:

@@ -79,7 +79,6 @@ def test_a_first_configuration(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         ("generate tiny apple --max-new-tokens 1", ["tokenizers"]),
         # The text is tokenized, but its near copies of held-out text are counted again.
         ("run tiny.yaml", ["scipy", "scipy.sparse", "tokenizers"]),
-        ("retrain retrain.yaml --dry-run", ["scipy", "scipy.sparse"]),
     ],
 )
 def test_what_trains_nothing_needs_torch_alone(
@@ -87,11 +86,17 @@ def test_what_trains_nothing_needs_torch_alone(
 ) -> None:
     shutil.copytree(trained, tmp_path / "lab")
     monkeypatch.chdir(tmp_path / "lab")
-    Path("inbox").mkdir()
-    Path("retrain.yaml").write_text("base: tiny.yaml\ninbox: {path: inbox}\n")
     (answer,) = ask(tuple(command.split()))
-    # Lightning with all that it imports takes longer than torch, and a finished run or an empty inbox needs none of it.
+    # Lightning with all that it imports takes longer than torch, and a finished run needs none of it.
     assert answer["code"] == 0 and answer["heavy"] == sorted(["torch", *needs]), answer
+
+
+def test_an_idle_tick_needs_nothing_heavy(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shutil.copytree(trained, tmp_path / "lab")
+    monkeypatch.chdir(tmp_path / "lab")
+    Path("retrain.yaml").write_text("base: tiny.yaml\ninbox: {path: inbox}\n")
+    (answer,) = ask(("retrain", "retrain.yaml", "--dry-run"))
+    assert (answer["code"], answer["heavy"]) == (0, []), answer
 
 
 def test_mistakes_about_runs(trained: Path, tmp_path: Path) -> None:

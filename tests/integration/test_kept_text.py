@@ -128,12 +128,12 @@ def test_a_batch_that_waits_needs_no_text_to_wait(monkeypatch: pytest.MonkeyPatc
         patch.setattr(retrain_plan, "decide", lambda **known: Decision(Action.wait, {}, ["Wait: no answer yet: x."]))
         first = tick()
         assert first["outcome"] == "waiting" and not left(sea) and "open" not in head()
-        patch.setattr("pipelines.retrain.retrain.make_plan", None)  # nothing is looked at again
+        patch.setattr("pipelines.retrain.batch.make_plan", None)  # nothing is looked at again
         few = arrive("sea", "few.jsonl", seed=79, documents=3)
         result, text = tick_and_text()
         assert (result["outcome"], result["batch"]) == ("waiting", first["batch"]) and "have joined batch" in text
         few.unlink()
-        patch.setattr("pipelines.retrain.retrain.make_plan", lambda *_: kill_self())
+        patch.setattr("pipelines.retrain.batch.make_plan", lambda *_: kill_self())
         assert fork(lambda: tick("gate.tolerance=0.02")).wait() == -9
     assert left(sea) == set(sea) and head()["open"] == [first["batch"]]
     Path("inbox/new.jsonl").rename("new")

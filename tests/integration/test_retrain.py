@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-import pipelines.retrain.retrain as story
+import pipelines.retrain.batch as story
 from lifelong_moe.config.retraining.policy import GateConfig
 from lifelong_moe.config.routing.mixture import MixtureConfig
 from lifelong_moe.data.text import batches
@@ -38,11 +38,12 @@ from lifelong_moe.store.stages import StageStore
 from lifelong_moe.training.callbacks.progress import StepCheckpoint
 from pipelines.cli import exit_code
 from pipelines.exit_codes import OUTCOMES
+from pipelines.retrain import arrivals
 from pipelines.retrain import plan as retrain_plan
 from pipelines.retrain.plan_file import read_plan
-from pipelines.versions.candidates import served_stages
 from pipelines.versions.drop import drop
 from pipelines.versions.rollback import rollback
+from pipelines.versions.served import served_stages
 from tests.known_stages import train_all_stages
 from tests.retrain_lab import (
     TOKENS,
@@ -96,6 +97,72 @@ def test_too_little_waits_and_is_not_forgotten() -> None:
     long_ago = {**head()["versions"][0], "at": "2020-01-01T00:00:00Z"}
     change_head(versions=[long_ago])
     assert tick("trigger.min_tokens=100_000", "trigger.max_days=30", dry_run=True)["outcome"] == "planned"
+
+
+@pytest.fixture
+def settled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Files count as settled as soon as they are written."""
+    monkeypatch.setattr(arrivals, "SETTLED_SECONDS", -10)
+
+
+def reads_nothing(*overrides: str) -> str:
+    """Why a tick that may read neither the inbox nor known text is idle."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("pipelines.shared.novelty.read_inbox", None)
+        patch.setattr("pipelines.retrain.retrain.read_texts", None)
+        outcome = tick(*overrides)
+    assert outcome["outcome"] == "idle"
+    return str(outcome["reason"])
+
+
+@pytest.mark.usefixtures("settled")
+def test_an_inbox_that_nothing_touched_is_not_read_again() -> None:
+    assert reads_nothing() == "nothing new has arrived"  # it is empty
+    arrive("sea", documents=12)
+    reason = tick()["reason"]
+    assert "12 new documents are waiting" in reason and reads_nothing() == reason
+    # Limits apply to what was counted.
+    assert "trigger.least_documents=13" in reads_nothing("trigger.least_documents=13")
+    with pytest.raises(TypeError):
+        reads_nothing("inbox.text_field=body")  # other settings find other documents
+
+
+@pytest.mark.usefixtures("settled")
+@pytest.mark.parametrize(
+    "touch", ["another file", "the same size", "another name", "a manifest", "a decision", "damage"]
+)
+def test_an_inbox_is_read_again_when_something_changed(touch: str) -> None:
+    path = arrive("sea", documents=12)
+    tick()
+    reads_nothing()
+    note = Path("mlruns/runs/tiny/inbox.json")
+    if touch == "another file":
+        arrive("sea", "b.jsonl", seed=78, documents=3)
+    elif touch == "the same size":
+        state, text = path.stat(), path.read_text(encoding="utf-8")
+        path.write_text(text.replace("a", "o"), encoding="utf-8")
+        os.utime(path, ns=(state.st_atime_ns, state.st_mtime_ns))
+    elif touch == "another name":
+        path.rename("inbox/c.jsonl")
+    elif touch == "a manifest":
+        listed = {"bytes": path.stat().st_size, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
+        Path("inbox/manifest.json").write_text(json.dumps({"files": {"new.jsonl": listed}}))
+    elif touch == "a decision":
+        batch = {"name": "b", "outcome": "skipped", "reason": "r", "at": timestamp()}
+        batches_ = BatchStore(Path("mlruns"))
+        change_head(batches={batches_.add([Document("text", "source")], []): batch})
+    else:
+        note.write_text("{}")
+    before = note.read_text()
+    with pytest.raises(TypeError):
+        reads_nothing()
+    assert tick()["outcome"] == "idle" and note.read_text() != before
+
+
+def test_a_file_that_was_just_written_is_read_again() -> None:
+    arrive("sea", documents=12)
+    tick()
+    assert not Path("mlruns/runs/tiny/inbox.json").exists()
 
 
 def test_a_file_whose_name_is_not_utf8_is_read_like_any_other() -> None:
@@ -671,7 +738,7 @@ def test_a_plan_whose_batch_is_gone_is_stale() -> None:
     with pytest.raises(StalePlanError, match=r"made for batch \w{16}, but 5 new documents are waiting; .*plan again"):
         tick(plan=plan)
     path.unlink()
-    with pytest.raises(StalePlanError, match=r"made for batch \w{16}, but nothing is new: files .* are gone"):
+    with pytest.raises(StalePlanError, match=r"made for batch \w{16}, but nothing new has arrived: files .* are gone"):
         tick(plan=plan)
     assert (tick()["outcome"], StalePlanError.exit_code) == ("idle", 5)
 

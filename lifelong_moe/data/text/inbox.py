@@ -28,6 +28,7 @@ from lifelong_moe.data.text.documents import Document
 from lifelong_moe.data.text.files import reader_of
 from lifelong_moe.data.text.streams import OpenFile, decode, unpacked, unreadable
 from lifelong_moe.errors import DataError, one_line
+from lifelong_moe.storage.keys import content_key
 from lifelong_moe.storage.modes import SHARED, as_private_as
 from lifelong_moe.storage.opening import open_below, read_up_to
 
@@ -51,6 +52,27 @@ class Inbox:
     """Permissions of copies of their text: as private as each of the files."""
 
 
+@dataclass(frozen=True)
+class Arrived:
+    """Which files lie in an inbox, without their content."""
+
+    number: int
+    state: str
+    """SHA-256 of their names, devices, inodes, sizes and times; other files, or the same ones changed, have another."""
+    changed_ns: int
+    """Latest time at which one of them changed, in nanoseconds since the epoch."""
+
+
+def look_at_inbox(directory: Path) -> Arrived | None:
+    """Look which files :func:`read_inbox` would read; None if it would not read all that there is.
+
+    Raises:
+        DataError: The manifest is malformed, or there are too many files.
+    """
+    with _opened(directory) as folder:
+        return Arrived(0, content_key([]), 0) if folder is None else _Arrivals(directory, folder).look()
+
+
 def read_inbox(directory: Path, source: SourceConfig) -> Inbox | None:
     """Read everything that has arrived; None if nothing has.
 
@@ -62,7 +84,7 @@ def read_inbox(directory: Path, source: SourceConfig) -> Inbox | None:
         DataError: ``file:line: reason``; a file is not what the manifest says, or not one that may be read.
     """
     with _opened(directory) as folder:
-        return None if folder is None else _Arrivals(directory, folder, source).read()
+        return None if folder is None else _Arrivals(directory, folder).read(source)
 
 
 @contextmanager
@@ -88,12 +110,12 @@ def _opened(directory: Path) -> Iterator[int | None]:
 class _Arrivals:
     """An open inbox; everything is found by its descriptor, not by its name."""
 
-    def __init__(self, directory: Path, folder: int, source: SourceConfig) -> None:
-        self._directory, self._folder, self._source = directory, folder, source
+    def __init__(self, directory: Path, folder: int) -> None:
+        self._directory, self._folder = directory, folder
         self._manifest = directory / MANIFEST
         self._quota = Quota(MAX_INBOX_BYTES, "the inbox")
 
-    def read(self) -> Inbox | None:
+    def read(self, source: SourceConfig) -> Inbox | None:
         """Read the files that are listed, or all of them; None if they hold no document."""
         names = self._names()
         # A dangling link counts as a manifest: ignoring it would read files that nobody listed.
@@ -111,9 +133,25 @@ class _Arrivals:
             file, found = self._snapshot(path, MAX_INBOX_BYTES)
             _require_as_listed(file.path, found, entry)
             files.append(found)
-            documents += reader(file, self._source)
+            documents += reader(file, source)
             mode &= file.mode
         return Inbox(documents, files, distribution, mode) if documents else None
+
+    def look(self) -> Arrived | None:
+        """The files that :meth:`read` would read, and the manifest; None if one of them cannot be looked at."""
+        names = self._names()
+        if MANIFEST in names:
+            names = [MANIFEST, *(str(self._contained(name)) for name in self._listed()[0])]
+        try:
+            found = [os.stat(name, dir_fd=self._folder, follow_symlinks=False) for name in names]
+        except OSError:
+            return None
+        kept = ("st_dev", "st_ino", "st_size", "st_mtime_ns", "st_ctime_ns")
+        states = [
+            [os.fsencode(name).hex(), *(getattr(one, field) for field in kept)]
+            for name, one in zip(names, found, strict=True)
+        ]
+        return Arrived(len(names), content_key(states), max((one.st_ctime_ns for one in found), default=0))
 
     def _names(self) -> list[str]:
         """Files in order of name, without those that are passed over."""

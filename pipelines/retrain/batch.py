@@ -1,0 +1,181 @@
+"""A tick that has something to do: a batch of new documents, from its plan to its outcome."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+from lifelong_moe.config.load import written_config
+from lifelong_moe.config.retraining.policy import HELDOUT_SOURCES
+from lifelong_moe.data.tokens.prepare import Texts
+from lifelong_moe.errors import ConfigError
+from lifelong_moe.retraining.checks import Verdict
+from lifelong_moe.retraining.decision import Action
+from lifelong_moe.store.head import RunHead
+from lifelong_moe.store.runs import timestamp
+from lifelong_moe.store.stages import CommittedStage
+from lifelong_moe.store.versions import Action as StageAction
+from lifelong_moe.store.versions import VersionStage
+from lifelong_moe.tracking.tracker import Tracker
+from lifelong_moe.training.callbacks.interrupt import Interrupt
+from pipelines.retrain.outcome import TickOutcome
+from pipelines.retrain.plan import TickPlan, make_plan
+from pipelines.retrain.plan_check import check_plan
+from pipelines.retrain.plan_file import PlanFacts
+from pipelines.retrain.record import TickRecord
+from pipelines.retrain.render import print_plan
+from pipelines.retrain.tick import Tick
+from pipelines.retrain.waiting import still_waiting
+from pipelines.shared.kept_text import with_texts
+from pipelines.shared.novelty import NewDocuments
+from pipelines.shared.places import ROOT
+from pipelines.versions.candidates import Candidate, CandidateTrainer, model_loader
+from pipelines.versions.gating import best_losses, gate, updated_best
+from pipelines.versions.render import print_verdict
+from pipelines.versions.served import batch_files
+
+
+def carry_out(
+    tick: Tick, texts: Texts, new: NewDocuments, interrupt: Interrupt, plan_path: str | None, *, dry_run: bool
+) -> TickOutcome:
+    """Plan, train, gate, promote or reject; arguments and errors as for :func:`pipelines.retrain.retrain.retrain`."""
+    # A dry run always looks, and a plan is carried out or refused as stale.
+    if plan_path is None and not dry_run and (before := still_waiting(tick, new)) is not None:
+        tick.tell_champion()
+        return tick.end(TickOutcome("waiting", _last_reason(before), batch=before.batch, data=before.data))
+    trainer = _candidate_trainer(tick, new, texts, interrupt)
+    mlflow = TickRecord(Tracker.connect(tick.config.tracking, ROOT), tick)
+    try:
+        mlflow.begin(new.name, new.hash, trainer.texts.corpora[new.name], tick.retraining.settings)
+        if plan_path is None:
+            plan = make_plan(trainer, new, tick.head)
+            plan.write(tick.record)
+        else:
+            plan = check_plan(Path(plan_path), trainer, new, tick)
+        print_plan(tick.console, plan.facts)
+        mlflow.planned(plan.facts, plan.candidate)
+        return _carry_out(tick, trainer, new, plan, mlflow, dry_run)
+    except BaseException as error:
+        mlflow.ended_by(error)
+        raise
+
+
+def _last_reason(facts: PlanFacts) -> str:
+    """The last of a plan's reasons: why nothing is trained."""
+    return facts.decision.reasons[-1].removeprefix("Skip: ").removeprefix("Wait: ").rstrip(".")
+
+
+def _candidate_trainer(tick: Tick, new: NewDocuments, texts: Texts, interrupt: Interrupt) -> CandidateTrainer:
+    """Keep the batch, and return the trainer of its candidates.
+
+    Raises:
+        ConfigError: If a distribution's text is no longer the one that its stage was trained on.
+    """
+    now = tick.head.champion
+    for stage in now.stages:
+        known = tick.store.get(stage.key).split.get(stage.data)
+        corpus = texts.corpora.get(stage.data)
+        if corpus is not None and known is not None and known != (found := corpus.split_hash):
+            raise ConfigError(
+                f"distributions.{stage.data}: its training text is {found[:16]}, but stage {stage.name} was trained on "
+                f"{known[:16]}. Bring that text back, or begin another run."
+            )
+    # Noted before the text is written: whoever is killed in between, the next tick knows that there is text to remove.
+    tick.open_batch(new.hash)
+    tick.batches.add(new.documents, new.files, new.mode)
+    files, load = batch_files(new.hash, new.sources), model_loader(tick.store, tick.config.trainer)
+    return CandidateTrainer(
+        tick.retraining, now, new.name, files, tick.known, tick.store, interrupt, tick.console, load
+    )
+
+
+def _carry_out(
+    tick: Tick, trainer: CandidateTrainer, new: NewDocuments, plan: TickPlan, mlflow: TickRecord, dry_run: bool
+) -> TickOutcome:
+    """From the plan to the outcome: train and gate if the plan says so, then settle the batch."""
+    ended, stage, verdict = _without_training(plan, dry_run), None, None
+    if ended is None:
+        assert plan.candidate is not None
+        stage, verdict = _train_and_judge(tick, trainer, plan.candidate, plan.facts, mlflow)
+        ended = _after_gate(verdict)
+    if ended.outcome in ("skipped", "promoted", "rejected"):
+        tick.settle(new, ended.outcome, ended.reason)
+    elif ended.outcome == "waiting":
+        tick.head = replace(tick.head, waiting=new.hash)
+        if verdict is not None:
+            # Rewritten, so that the next tick finds a plan that waits and does not train the stage again.
+            plan = replace(plan, facts=plan.facts.postponed(f"{ended.reason}."))
+            plan.write(tick.record)
+    if ended.outcome == "promoted":
+        assert stage is not None and plan.candidate is not None
+        kept = plan.candidate.config.evaluate.keep_heldout
+        tick.head = with_texts(tick.head, written_config(tick.retraining.base), plan.candidate.data, kept)
+        tick.head = _promoted(tick, stage, new, plan.action, ended.reason)
+    ended = replace(
+        ended,
+        batch=new.hash,
+        data=new.name,
+        action=plan.action.value,
+        plan=str(plan.path(tick.record)),
+        near_copies=plan.facts.near_copies,
+        candidate=None if stage is None else stage.key,
+    )
+    # The head is saved here, in one write: a kill before it repeats the gate, and finds all measurements.
+    ended = tick.end(ended)
+    mlflow.done(ended, plan.facts, verdict)
+    return ended
+
+
+def _without_training(plan: TickPlan, dry_run: bool) -> TickOutcome | None:
+    """The outcome of a plan that trains nothing now; None if its candidate is to be trained."""
+    if dry_run:
+        return TickOutcome("planned", f"{plan.action} is what a tick would do now")
+    if plan.facts.exceeded:
+        return TickOutcome("over budget", plan.facts.exceeded[0].rstrip("."))
+    if plan.candidate is None:
+        return TickOutcome("waiting" if plan.action == Action.wait else "skipped", _last_reason(plan.facts))
+    return None
+
+
+def _train_and_judge(
+    tick: Tick, trainer: CandidateTrainer, candidate: Candidate, facts: PlanFacts, mlflow: TickRecord
+) -> tuple[CommittedStage, Verdict]:
+    """Train the candidate and take it through the gate."""
+    stage = trainer.train(candidate, mlflow.curves, mlflow.run_id)
+    tick.trained(stage)
+    mlflow.candidate(stage, facts)
+    best = best_losses(trainer, candidate, tick.head.best)
+    verdict = gate(trainer, candidate, stage, best)
+    print_verdict(tick.console, verdict)
+    mlflow.judged(verdict)
+    # Only a version that serves raises the bar for later ones; what a rejected candidate reached does not count.
+    if verdict.passed:
+        measurements = candidate.measurements
+        best = updated_best(measurements, stage, best, measurements.measurable())
+    tick.head = replace(tick.head, best=best)
+    return stage, verdict
+
+
+def _after_gate(verdict: Verdict) -> TickOutcome:
+    outcome = "promoted" if verdict.passed else "waiting" if verdict.is_open else "rejected"
+    reason = verdict.checks[0].sentence if verdict.passed else verdict.reasons[0]
+    return TickOutcome(outcome, reason.rstrip("."))
+
+
+def _promoted(tick: Tick, stage: CommittedStage, new: NewDocuments, decided: Action, reason: str) -> RunHead:
+    """The head with the candidate as champion, signed if there is a key."""
+    tick.store.sign(stage.key, tick.head.centroids)
+    action: StageAction = "grow" if decided == Action.grow else "continue"
+    added = VersionStage(
+        name=stage.name,
+        key=stage.key,
+        data=new.name,
+        action=action,
+        batch=new.hash,
+        sources=new.sources,
+        # The split is noted with the stage: text that it was trained on must never count as held out later.
+        heldout_fraction=tick.retraining.settings.inbox.heldout_fraction,
+        heldout_sources=HELDOUT_SOURCES,
+    )
+    chain = (*tick.head.champion.stages, added)
+    return tick.head.promoted("promoted", chain, reason, timestamp())
