@@ -77,8 +77,8 @@ def test_a_first_configuration(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     [
         ("evaluate tiny --data sea.jsonl", ["tokenizers"]),
         ("generate tiny apple --max-new-tokens 1", ["tokenizers"]),
-        # The text is tokenized, but its near copies of held-out text are counted again.
-        ("run tiny.yaml", ["scipy", "scipy.sparse", "tokenizers"]),
+        # Its text is as it was, so that not even near copies are looked for.
+        ("run tiny.yaml", ["tokenizers"]),
     ],
 )
 def test_what_trains_nothing_needs_torch_alone(
