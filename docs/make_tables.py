@@ -317,6 +317,7 @@ TABLES: dict[str, Callable[[], list[str]]] = {
     "waiting-threads": others.waiting_threads,
     "idle": others.idle,
     "idle-writes": others.idle_writes,
+    "reading": others.reading,
     "floors": house.short_floors,
     "house-floors": house.floors,
     "house-figures": house.figures,

@@ -269,6 +269,15 @@ def idle() -> list[str]:
     return markdown(["command", "before", "now", "quartiles, now", "over importing torch"], rows, "lrrlr")
 
 
+def reading() -> list[str]:
+    """What reading 100 MB takes."""
+    rows = [
+        [one["what"], f"{one['processor_seconds']:.1f}", str(one["most_memory_megabytes"])]
+        for one in read("results/reading")["rows"]
+    ]
+    return markdown(["100 MB in 20 files", "processor seconds", "most memory, MB"], rows, "lrr")
+
+
 def idle_writes() -> list[str]:
     """What a run of many stages writes, of two checkouts."""
     result = read("results/idle")
