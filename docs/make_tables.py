@@ -318,6 +318,7 @@ TABLES: dict[str, Callable[[], list[str]]] = {
     "idle": others.idle,
     "idle-writes": others.idle_writes,
     "reading": others.reading,
+    "waits": others.waits,
     "floors": house.short_floors,
     "house-floors": house.floors,
     "house-figures": house.figures,

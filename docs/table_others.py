@@ -278,6 +278,15 @@ def reading() -> list[str]:
     return markdown(["100 MB in 20 files", "processor seconds", "most memory, MB"], rows, "lrr")
 
 
+def waits() -> list[str]:
+    """How often the host waits for the device in a step, by kind of router; kinds with equal numbers share a row."""
+    kinds: dict[tuple[int, int], list[str]] = {}
+    for kind, one in read("results/waits")["waits"].items():
+        kinds.setdefault((one["step"], one["step_with_teacher"]), []).append(kind.replace("_", " "))
+    rows = [[", ".join(names), *map(str, numbers)] for numbers, names in sorted(kinds.items())]
+    return markdown(["waits in a step of two layers, bfloat16", "a step", "with a teacher"], rows, "lrr")
+
+
 def idle_writes() -> list[str]:
     """What a run of many stages writes, of two checkouts."""
     result = read("results/idle")
