@@ -40,8 +40,8 @@ DEFAULT = (*OLD, Generation("s2", 4, delta_rank=4))
 """Generations of the default method: experts, router rows and low-rank changes each."""
 
 WAITS: dict[str, dict[str, int]] = json.loads((ROOT / "docs/results/waits.json").read_text())["waits"]
-"""The most of a step, and of one with a teacher, in bfloat16 and two layers: the step's means are one. Routers that take
-more leave it to the device which places there are, or how many. docs/performance.md shows them."""  # fmt: skip
+"""The most of a step, and of one with a teacher, in bfloat16 and two layers: a step's means are one. Routers that
+take more leave it to the device which places there are, or how many. docs/performance.md shows them."""  # fmt: skip
 SLICED = 2
 """More in float32, and for a teacher as many again: experts in slices read each layer's counts."""
 
