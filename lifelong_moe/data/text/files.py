@@ -27,7 +27,7 @@ from lifelong_moe.data.formats.outcomes import FileOutcome, LeftOutError, Outcom
 from lifelong_moe.data.formats.progress import told
 from lifelong_moe.data.text.documents import Corpus, Document
 from lifelong_moe.data.text.jsonl import own_unit, read_jsonl
-from lifelong_moe.data.text.manifest import SeenFile, seen_file, seen_unread, settled_state
+from lifelong_moe.data.text.manifest import SeenFile, read_file, seen_unread, unread_file
 from lifelong_moe.data.text.parquet import read_parquet
 from lifelong_moe.data.text.streams import OpenFile, check_text, open_file, read_bytes, refuse_pickled
 from lifelong_moe.errors import DataError
@@ -77,10 +77,10 @@ class FilesReading(Iterable[Document]):
         self._alone = {Path(one) for one in map(expanded, patterns(named)) if os.path.lexists(one)}
         self.paths = matching_files(named)
         self._outcomes = _passed_over(self.paths, self._alone)
-        self.seen: dict[str, SeenFile] = {
+        self.seen: dict[str, SeenFile | None] = {
             file.file: seen_unread(Path(file.file), is_whole=True) for file in self._outcomes
         }
-        """The files as they were when they were read."""
+        """The files as they were when they were read; None of one that changed meanwhile."""
         # Every file's kind is checked before the first is read, which may take minutes.
         self._readers = [
             (path, _reader_or_none(path, is_alone=path in self._alone))
@@ -114,7 +114,7 @@ class FilesReading(Iterable[Document]):
             return
         found = long = 0
         with open_file(path, quota) as file:
-            before = settled_state(file.data)
+            before = unread_file(file.data)
             try:
                 for document in reader(file, self._config):
                     found += 1
@@ -126,7 +126,7 @@ class FilesReading(Iterable[Document]):
                 if path in self._alone:
                     raise
                 outcome, note = error.outcome, str(error)
-            self.seen[str(path)] = seen_file(file.data, before)
+            self.seen[str(path)] = read_file(file.data, before)
         self._outcomes.append(FileOutcome(str(path), outcome, long, note or "; ".join(file.notes)))
 
 

@@ -6,7 +6,8 @@ distributions that are read together, says what is left of each without near cop
 
 A manifest decides nothing but whether files are read. Its paths are compared with those that the configuration names,
 and none is opened: so one that somebody else made leads nowhere, and what it says of a file holds only for the device,
-inode, size and times that no copy keeps. It can be forged by who can write to the cache, as tokens there can.
+inode, size and times that no copy keeps. It can be forged by who can write to the cache, as tokens there can; what it
+says of text is compared with the text once that is read after all, and a manifest that is wrong is forgotten.
 """
 
 from __future__ import annotations
@@ -59,6 +60,11 @@ class PartSummary:
     hash: Sha256
     documents: int
     bytes: int
+
+    def __post_init__(self) -> None:
+        # What is left of a distribution has at least one document on each side, and none is empty.
+        if self.documents < 1 or self.bytes < self.documents:
+            raise CorruptError("documents and bytes must be positive.")
 
 
 @dataclass(frozen=True)
@@ -121,6 +127,11 @@ def write_split(config: SourceConfig, found: SplitManifest, cache: Path, mode: i
     _write(_path(cache, {"source": asdict(config)}), asdict(found), mode)
 
 
+def forget_split(config: SourceConfig, cache: Path) -> None:
+    """Forget what came of a distribution's files, so that the next start reads them."""
+    _remove(_path(cache, {"source": asdict(config)}))
+
+
 def split_identity(config: SourceConfig, found: SplitManifest) -> str:
     """Names all that a split was made of, without the times of its files."""
     files = {path: seen.sha256 for path, seen in found.files.items()}
@@ -143,30 +154,61 @@ def write_left(asked: Mapping[str, object], left: Mapping[str, LeftManifest], ca
     _write(_path(cache, asked), asdict(_Left(left)), mode)
 
 
+def forget_left(asked: Mapping[str, object], cache: Path) -> None:
+    """Forget what is left of distributions; arguments as for :func:`left_manifest`."""
+    _remove(_path(cache, asked))
+
+
 def forget(cache: Path) -> None:
     """Remove all manifests, and the notes on tokens that were verified, so that every file is read again."""
     for path in (*(cache / FOLDER).glob("*.json"), *cache.glob("tokens/*/verified.json")):
-        with suppress(OSError):
-            path.unlink()
+        _remove(path)
 
 
-def settled_state(file: BufferedReader) -> State:
-    """An open file as the file system describes it; empty if a later change might not show."""
+@dataclass(frozen=True)
+class Unread:
+    """An open file before it is read."""
+
+    state: State
+    sha256: Sha256 | None
+    """None unless a change might not show in the state."""
+
+
+def unread_file(file: BufferedReader) -> Unread:
+    """What tells whether a file changes while it is read; the file stays at its beginning."""
     state = state_of(file)
-    # Within the clock tick of its last change a file may change again and keep its times.
-    return state if state[-1] < (time.time() - SETTLED_SECONDS) * 1e9 else ()
+    return Unread(state, None if _is_settled(state) else _sha256(file))
 
 
-def seen_file(file: BufferedReader, before: State) -> SeenFile:
-    """A file that was read, with the hash of its bytes.
+def read_file(file: BufferedReader, before: Unread) -> SeenFile | None:
+    """A file that was read, with the hash of its bytes; None if that may not be the hash of what was read.
 
     Args:
         file: At any position; it is read again, from memory where it is small.
-        before: Its state when it was opened.
+        before: As it was when it was opened.
     """
+    digest = _sha256(file)
+    if state_of(file) != before.state or before.sha256 not in (None, digest):
+        return None
+    return SeenFile(before.state if before.sha256 is None else (), digest)
+
+
+def hashed_file(file: BufferedReader) -> SeenFile:
+    """A file with the hash of its bytes, which is known to be of what it is read as."""
+    state, digest = state_of(file), _sha256(file)
+    return SeenFile(state if _is_settled(state) and state_of(file) == state else (), digest)
+
+
+def _is_settled(state: State) -> bool:
+    # Within the clock tick of its last change a file may change again and keep its times.
+    return state[-1] < (time.time() - SETTLED_SECONDS) * 1e9
+
+
+def _sha256(file: BufferedReader) -> str:
     file.seek(0)
     digest = hashlib.file_digest(file, "sha256").hexdigest()
-    return SeenFile(before if settled_state(file) == before else (), digest)
+    file.seek(0)
+    return digest
 
 
 def seen_unread(path: Path, *, is_whole: bool) -> SeenFile:
@@ -194,7 +236,7 @@ def _as_known(path: Path, known: SeenFile) -> tuple[SeenFile | None, int]:
         return None, mode
     try:
         with open_regular(path, follow=True) as file:
-            seen = seen_file(file, settled_state(file))
+            seen = hashed_file(file)
     except OSError:
         return None, mode
     return (seen if seen.sha256 == known.sha256 else None), mode
@@ -228,6 +270,12 @@ def _read(path: Path | None, build: Callable[[Any], T]) -> T | None:
     # Missing or damaged is the same: files are read, and it is made again.
     except (OSError, CorruptError):
         return None
+
+
+def _remove(path: Path | None) -> None:
+    with suppress(OSError):
+        if path is not None:
+            path.unlink()
 
 
 def _write(path: Path | None, content: Mapping[str, object], mode: int) -> None:

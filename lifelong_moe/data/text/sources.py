@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -16,8 +16,8 @@ from lifelong_moe.data.text.manifest import (
     PartSummary,
     SeenFile,
     SplitManifest,
-    seen_file,
-    settled_state,
+    forget_split,
+    hashed_file,
     split_identity,
     split_manifest,
     write_split,
@@ -25,6 +25,8 @@ from lifelong_moe.data.text.manifest import (
 from lifelong_moe.data.text.split import build_corpus, heldout_part
 from lifelong_moe.errors import DataError
 from lifelong_moe.storage.opening import open_regular
+
+HAS_CHANGED = "a file has changed since this command began; start it again."
 
 
 def read_corpus(name: str, config: SourceConfig, cache: Path, within: Sequence[Path] | None = None) -> Corpus:
@@ -57,8 +59,10 @@ def read_corpus(name: str, config: SourceConfig, cache: Path, within: Sequence[P
     def again() -> Corpus:
         found = _read(name, config, cache)
         # Tokens and near copies are known of the text that the manifest says.
-        if (found.train_hash, found.heldout_hash) != (known.train.hash, known.heldout.hash):
-            raise DataError("a file has changed since this command began; start it again.")
+        if replace(_manifest(found, known.files), outcomes=known.outcomes) != known:
+            # If the manifest is wrong, and no file has changed, the next start would end here as well.
+            forget_split(config, cache)
+            raise DataError(f"distributions.{name}: {HAS_CHANGED}")
         return found
 
     train, heldout = (Summary(part.documents, part.bytes) for part in (known.train, known.heldout))
@@ -89,7 +93,7 @@ def _paths(config: SourceConfig, cache: Path) -> list[Path]:
 
 def _read(name: str, config: SourceConfig, cache: Path) -> Corpus:
     """Read and split a distribution's files."""
-    seen: dict[str, SeenFile] = {}
+    seen: dict[str, SeenFile | None] = {}
     if config.builtin is not None:
         from lifelong_moe.data.text.builtin import builtin_documents, builtin_path
 
@@ -97,7 +101,7 @@ def _read(name: str, config: SourceConfig, cache: Path) -> Corpus:
         path = builtin_path(config.builtin, cache)
         # The text of packages is kept in a file of the cache, unless that cannot be written.
         with suppress(OSError), open_regular(path, follow=False) as file:
-            seen[str(path)] = seen_file(file, settled_state(file))
+            seen[str(path)] = hashed_file(file)
     else:
         from lifelong_moe.data.text.files import FilesReading, mode_of, settled
 
@@ -109,14 +113,15 @@ def _read(name: str, config: SourceConfig, cache: Path) -> Corpus:
         corpus = replace(corpus, mode=mode_of(path for one in both for path in one.paths), files=files)
         corpus = replace(corpus, files=settled(corpus))
         seen = {path: file for one in both for path, file in one.seen.items()}
-    if not seen:
+    known = {path: file for path, file in seen.items() if file is not None}
+    if not known or len(known) < len(seen):
         return corpus
-    found = _manifest(corpus, seen)
+    found = _manifest(corpus, known)
     remember = functools.partial(write_split, config, found, cache, corpus.mode)
     return replace(corpus, identity=split_identity(config, found), remember=remember)
 
 
-def _manifest(corpus: Corpus, seen: dict[str, SeenFile]) -> SplitManifest:
+def _manifest(corpus: Corpus, seen: Mapping[str, SeenFile]) -> SplitManifest:
     train, heldout = (
         PartSummary(digest, len(part), summary_of(part).bytes)
         for digest, part in ((corpus.train_hash, corpus.train), (corpus.heldout_hash, corpus.heldout))

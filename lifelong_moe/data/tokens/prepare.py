@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cache as once
 from functools import partial, reduce
 from itertools import pairwise
 from operator import and_
@@ -18,9 +19,9 @@ from lifelong_moe.data.text.documents import Corpus, Document, documents_hash
 from lifelong_moe.data.text.files import settled
 from lifelong_moe.data.text.kept import rows_sha256
 from lifelong_moe.data.text.known import KnownDocuments, Summary, hashes_of, summary_of
-from lifelong_moe.data.text.manifest import LeftManifest, PartSummary, left_manifest, write_left
+from lifelong_moe.data.text.manifest import LeftManifest, PartSummary, forget_left, left_manifest, write_left
 from lifelong_moe.data.text.near_copies import without_near_copies
-from lifelong_moe.data.text.sources import heldout_documents, lies_within, read_corpus
+from lifelong_moe.data.text.sources import HAS_CHANGED, heldout_documents, lies_within, read_corpus
 from lifelong_moe.data.text.spool import chosen, same_hashes
 from lifelong_moe.data.tokens.identity import AddedTokens, AddedVocabulary, DataIdentity, TokenizerIdentity
 from lifelong_moe.data.tokens.pairs import with_answers, with_heldout_answers
@@ -277,7 +278,8 @@ def _left(
     asked = {"near_copies": made_of, "kept": rows, "trained": sorted(trained)}
     known = left_manifest(asked, cache) if all(made_of.values()) else None
     if known is not None and known.keys() == there.keys():
-        return {name: _as_left(corpus, known[name]) for name, corpus in there.items()}, None
+        forgetting = partial(forget_left, asked, cache)
+        return {name: _as_left(corpus, known[name], forgetting) for name, corpus in there.items()}, None
     # Before near copies are dropped: an equal document in two places is a mistake, a near copy is not.
     _require_disjoint(heldout, trained)
     left = without_near_copies(there, kept)
@@ -293,18 +295,25 @@ def _manifest(corpus: Corpus) -> LeftManifest:
     return LeftManifest(part, hashes_of(corpus.near_copies), corpus.files)
 
 
-def _as_left(corpus: Corpus, known: LeftManifest) -> Corpus:
+def _as_left(corpus: Corpus, known: LeftManifest, forgetting: Callable[[], None]) -> Corpus:
     """A corpus without the near copies that it is known to have, whose text is read when it is needed."""
     copies = frozenset(known.near_copies)
 
-    def side(*, is_copy: bool) -> Sequence[Document]:
-        return chosen(corpus.train, np.array([(one.hash in copies) == is_copy for one in corpus.train]))
+    @once
+    def sides() -> tuple[Sequence[Document], Sequence[Document]]:
+        is_copy = np.array([document.hash in copies for document in corpus.train])
+        kept, left = chosen(corpus.train, ~is_copy), chosen(corpus.train, is_copy)
+        # Tokens are known of the text that the manifest says; text of another hash must not get that name.
+        if PartSummary(documents_hash(kept), len(kept), summary_of(kept).bytes) != known.train:
+            forgetting()
+            raise DataError(f"distributions.{corpus.name}: {HAS_CHANGED}")
+        return kept, left
 
     return replace(
         corpus,
-        train=KnownDocuments(Summary(known.train.documents, known.train.bytes), lambda: side(is_copy=False)),
+        train=KnownDocuments(Summary(known.train.documents, known.train.bytes), lambda: sides()[0]),
         train_hash=known.train.hash,
-        near_copies=KnownDocuments(Summary(len(copies), 0, known.near_copies), lambda: side(is_copy=True)),
+        near_copies=KnownDocuments(Summary(len(copies), 0, known.near_copies), lambda: sides()[1]),
         before_near_copies=corpus.split_hash,
         files=known.outcomes,
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import time
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,10 @@ import pytest
 
 from lifelong_moe.config.data import SourceConfig, TokenizerConfig
 from lifelong_moe.data.text import files as reading
+from lifelong_moe.data.text.documents import Corpus, Document
 from lifelong_moe.data.text.manifest import forget
 from lifelong_moe.data.text.sources import read_corpus
+from lifelong_moe.data.text.spool import Spool
 from lifelong_moe.data.tokens.prepare import PreparedData, prepare_data
 from lifelong_moe.errors import DataError
 
@@ -74,6 +77,13 @@ def sources() -> dict[str, SourceConfig]:
 
 def prepared() -> PreparedData:
     return prepare_data(sources(), TOKENIZER, ["ab", "pairs"], 32, CACHE)
+
+
+def remembered(name: str) -> Corpus:
+    corpus = read_corpus(name, sources()[name], CACHE)
+    assert corpus.remember is not None
+    corpus.remember()
+    return corpus
 
 
 def same(one: PreparedData, other: PreparedData) -> None:
@@ -178,17 +188,70 @@ def test_forgetting_reads_again(opened: list[str]) -> None:
     assert len(opened) == 5
 
 
-def test_a_manifest_of_other_text_is_found_out_when_text_is_read() -> None:
-    """As one that somebody else wrote: tokens would be named by what it says."""
-    corpus = read_corpus("ab", sources()["ab"], CACHE)
-    assert corpus.remember is not None
-    corpus.remember()
+@pytest.mark.parametrize("wrong", ["train_hash", "heldout_hash", "heldout_rows", "documents"])
+def test_a_manifest_of_other_text_is_found_out_when_text_is_read_and_forgotten(wrong: str) -> None:
+    """As one that is damaged, or that another version or somebody else wrote: tokens would be named by what it says."""
+    corpus = remembered("ab")
     (path,) = CACHE.glob("manifests/*.json")
-    path.write_text(path.read_text().replace(corpus.train_hash, "1" * 64))
+    content = json.loads(path.read_text())
+    if wrong == "documents":
+        content["train"]["documents"] += 1
+    elif wrong == "heldout_rows":
+        content["heldout_rows"] = "1" * 64
+    else:
+        content[wrong.removesuffix("_hash")]["hash"] = "1" * 64
+    path.write_text(json.dumps(content))
     found = read_corpus("ab", sources()["ab"], CACHE)
-    assert found.train_hash == "1" * 64
     with pytest.raises(DataError, match="has changed since this command began"):
         list(found.train)
+    # Or else the next start would end in the same way.
+    again = read_corpus("ab", sources()["ab"], CACHE)
+    assert again.train == corpus.train and again.remember is not None
+
+
+def test_a_wrong_manifest_of_what_is_left_is_found_out_and_forgotten() -> None:
+    """A near copy would be trained on, as text that the cache has under this name ever after."""
+    first = prepared()
+    (path,) = (path for path in CACHE.glob("manifests/*.json") if "near_copies" in path.read_text())
+    content = json.loads(path.read_text())
+    assert content["left"]["c"]["near_copies"]
+    content["left"]["c"]["near_copies"] = ["1" * 64]
+    path.write_text(json.dumps(content))
+    shutil.rmtree(CACHE / "tokens")
+    with pytest.raises(DataError, match="has changed since this command began"):
+        prepared()
+    same(first, prepared())
+
+
+@pytest.mark.parametrize("number", [-1, 0])
+def test_a_manifest_of_no_documents_is_as_none(number: int) -> None:
+    corpus = remembered("ab")
+    (path,) = CACHE.glob("manifests/*.json")
+    content = json.loads(path.read_text())
+    content["train"]["documents"] = number
+    path.write_text(json.dumps(content))
+    assert len(read_corpus("ab", sources()["ab"], CACHE).train) == len(corpus.train)
+
+
+@pytest.mark.parametrize("age", [0.0, 3600.0])
+def test_a_file_that_changes_while_it_is_read_is_not_remembered(age: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its documents are of what it was, its hash would be of what it is now, and so it would never be read again."""
+    monkeypatch.setattr("lifelong_moe.data.text.manifest.SETTLED_SECONDS", age)
+    add, path = Spool.add, Path("a.jsonl")
+
+    def added(spool: Spool, document: Document, part: int = 0) -> None:
+        if "apples" in path.read_text():
+            path.write_text(path.read_text().replace("apples", "grapes"))
+        add(spool, document, part)
+
+    monkeypatch.setattr(Spool, "add", added)
+    found = read_corpus("ab", sources()["ab"], CACHE)
+    assert any("apples" in document.text for document in found.train)
+    if found.remember is not None:
+        found.remember()
+    assert not found.identity
+    again = read_corpus("ab", sources()["ab"], CACHE)
+    assert sum("apples" in document.text for document in [*again.train, *again.heldout]) == 31  # the duplicate too
 
 
 def test_a_mistake_leaves_no_manifest() -> None:
