@@ -109,7 +109,8 @@ def test_one_parent_with_the_arms_under_it(lab: Path, template: Path, setup: Cal
         kept = lab / "mlruns/artifacts" / first[name].info.run_id / "artifacts/config.yaml"
         assert read_config(kept).config.run == f"c.{name.split()[0]}.s0"
     note = parent.data.tags["mlflow.note.content"]
-    assert note.startswith("- lifelong ") and " where naive " in note.splitlines()[0] and "### Results" in note
+    assert note.startswith("- Best at the end: lifelong, ") and "### Results" in note
+    assert note.splitlines()[1].startswith("- lifelong ") and " where naive " in note.splitlines()[1]
     artifacts = lab / "mlruns/artifacts" / parent.info.run_id / "artifacts"
     stored = {str(path.relative_to(artifacts)) for path in artifacts.rglob("*") if path.is_file()}
     assert stored == {f"figures/{n}.png" for n in ("pareto", "curves", "leak")} | {"comparison.md", "comparison.json"}

@@ -88,7 +88,9 @@ def test_a_stage_waits_for_the_disk_as_often_whatever_is_measured(lab: Path, mon
         shutil.rmtree("mlruns")
         with waiting_for_the_disk(monkeypatch) as waited:
             train("tiny.yaml", "stages=[{data: fruit}]", f"evaluate.also={also}")
-        counts.append(Counter(path.relative_to(lab / "mlruns").parts[0] for path in waited))
+        # What is known of text lies in the cache; it is written where other distributions are read together.
+        store = [path.relative_to(lab / "mlruns") for path in waited if path.is_relative_to(lab / "mlruns")]
+        counts.append(Counter(path.parts[0] for path in store))
     # Each distribution's held-out text is kept once. Else a file and its folder, of the untrained model and the stage.
     assert [count.pop("heldout") for count in counts] == [2, 6] and counts[0] == counts[1]
     assert counts[0]["evaluations"] == 4
