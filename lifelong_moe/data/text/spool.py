@@ -8,12 +8,13 @@ Legend: N documents.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import struct
 import weakref
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import IO, overload
 
@@ -64,7 +65,7 @@ class Spool:
         if self._held is not None:
             self._held.append(document)
             if self._folder is not None and self._num_bytes > MOST_BYTES:
-                place = self._move_to_disk(self._folder)
+                place = self._move_to_disk(self._folder, place)
         elif self._disk is not None:
             place = self._disk.add(document, data, digest.digest())
         same = bytes.fromhex(normalized_hash(document.text)[:32])
@@ -84,10 +85,17 @@ class Spool:
             self._units[source] = found
         return found
 
-    def _move_to_disk(self, folder: Path) -> int:
+    def _move_to_disk(self, folder: Path, place: int) -> int:
         """Write what was held in memory; returns the place of the last document, whose row is not there yet."""
         assert self._held is not None
-        self._disk = disk = _Disk(folder)
+        try:
+            self._disk = disk = _Disk(folder)
+        except OSError as error:
+            if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
+                raise
+            # Another user's cache, whose tokens can be used all the same, as long as the text fits into memory.
+            self._folder = None
+            return place
         places = []
         for document in self._held:
             data = document.text.encode("utf-8")
@@ -128,15 +136,16 @@ class _Disk:
 
     def __init__(self, parent: Path) -> None:
         make_folder(parent)
-        stack = ExitStack()
-        # Private, whoever may read the files: nobody else ever has to.
-        self.folder = stack.enter_context(temporary(parent, PRIVATE))
         self._buffers = [bytearray() for _ in range(BUCKETS)]
         self._sizes = [0] * BUCKETS
         self._open: dict[int, IO[bytes]] = {}
-        self.rows: IO[bytes] = stack.enter_context((self.folder / "rows").open("wb"))
-        stack.callback(_close, self._open)
-        weakref.finalize(self, stack.close)
+        with ExitStack() as stack:
+            # Private, whoever may read the files: nobody else ever has to.
+            self.folder = stack.enter_context(temporary(parent, PRIVATE))
+            self.rows: IO[bytes] = (self.folder / "rows").open("wb")
+            stack.callback(_discard, self.rows)
+            stack.callback(_close, self._open)
+            weakref.finalize(self, stack.pop_all().close)
 
     def add(self, document: Document, data: bytes, digest: bytes) -> int:
         """Add a document to its bucket; returns its place there."""
@@ -178,6 +187,12 @@ class _Disk:
             data[:source].decode(),
             data[source : source + origin].decode("utf-8", "surrogateescape"),
         )
+
+
+def _discard(file: IO[bytes]) -> None:
+    # Closing it writes what is buffered, which on a full disk fails a second time.
+    with suppress(OSError):
+        file.close()
 
 
 def _close(files: dict[int, IO[bytes]]) -> None:

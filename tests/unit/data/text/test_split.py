@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import errno
+import gc
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -148,3 +151,44 @@ def test_a_path_that_is_no_text_comes_back(tmp_path: Path, monkeypatch: pytest.M
     found.add(one)
     (back,) = SpooledDocuments(found, found.rows(), np.array([0]))
     assert (back, back.origin) == (one, one.origin)
+
+
+def spooled(folder: Path) -> Spool:
+    found = Spool(folder)
+    for document in documents(1, 60):
+        found.add(document)
+    return found
+
+
+@pytest.mark.parametrize("reason", [errno.EACCES, errno.EROFS])
+def test_where_a_cache_cannot_be_written_text_stays_in_memory(
+    reason: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another user's cache, of which everything but the text is used."""
+    monkeypatch.setattr(spool, "MOST_BYTES", 2000)
+
+    def refused(*_: object) -> None:
+        raise OSError(reason, "refused")
+
+    monkeypatch.setattr(spool, "temporary", refused)
+    found = spooled(tmp_path)
+    rows = found.rows()
+    assert list(found.documents(rows, np.arange(len(rows)))) == documents(1, 60)
+
+
+def test_a_full_disk_is_one_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is buffered cannot be written when the spool goes, either, which is told to nobody again."""
+    monkeypatch.setattr(spool, "MOST_BYTES", 2000)
+    temporary = spool.temporary
+
+    @contextmanager
+    def full(parent: Path, mode: int) -> Iterator[Path]:
+        with temporary(parent, mode) as folder:
+            (folder / "rows").symlink_to("/dev/full")
+            yield folder
+
+    monkeypatch.setattr(spool, "temporary", full)
+    with pytest.raises(OSError, match="No space left"):
+        spooled(tmp_path).rows()
+    gc.collect()
+    assert not list(tmp_path.iterdir())
