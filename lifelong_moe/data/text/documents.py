@@ -64,7 +64,7 @@ class Corpus:
     before_near_copies: str = field(default="", compare=False)
     """Hash of the training text before near copies were left out; empty where none were."""
     beyond: frozenset[str] = field(default=frozenset(), compare=False)
-    """Origins of documents that ``max_bytes`` left out."""
+    """Files of documents that ``max_bytes`` left out."""
     remember: Callable[[], None] | None = field(default=None, compare=False, repr=False)
     """Lets a later start read nothing of it; called once no mistake is found, for it writes. None: nothing new."""
 

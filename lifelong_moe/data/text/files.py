@@ -166,14 +166,13 @@ def settled(corpus: Corpus) -> tuple[FileOutcome, ...]:
     files = {file.file: file for file in corpus.files}
     # One after the other: together they may not fit into memory.
     kept = {_file_of(document.origin, files) for document in itertools.chain(corpus.train, corpus.heldout)}
-    near = {_file_of(document.origin, files) for document in corpus.near_copies}
-    beyond = {_file_of(origin, files) for origin in corpus.beyond}
+    why = dict.fromkeys(corpus.beyond, Outcome.beyond)
+    why |= {_file_of(document.origin, files): Outcome.near_copy for document in corpus.near_copies}
 
     def now(file: FileOutcome) -> FileOutcome:
         if file.outcome != Outcome.used or file.file in kept:
             return file
-        why = Outcome.near_copy if file.file in near else Outcome.beyond if file.file in beyond else Outcome.duplicate
-        return replace(file, outcome=why)
+        return replace(file, outcome=why.get(file.file, Outcome.duplicate))
 
     return tuple(map(now, files.values()))
 

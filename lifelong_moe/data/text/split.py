@@ -9,6 +9,7 @@ Legend: N documents.
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +26,8 @@ RANGE = 2_000_000
 """Rows that are sorted at once; a range of hashes has about so many."""
 TRAIN, HELDOUT = 0, 1
 """Parts of a spool: documents that are yet to be split, or of training alone; and explicit held-out ones."""
+_LINE = re.compile(r":\d+$")
+"""No file that is read is called so: its name ends in what tells its kind."""
 Numbers = NDArray[np.int64]
 Mask = NDArray[np.bool_]
 
@@ -86,7 +89,7 @@ def build_corpus(
         # Where documents are yet to be split at least two units, so that each side has one.
         within_N = _capped(rows, train_N, config.max_bytes, least=2 if heldout is None else 1)
         train_N, left_N = within_N, train_N & ~within_N
-    beyond = _origins(spool, rows, left_N) - (_origins(spool, rows, train_N) if left_N.any() else set())
+    beyond = _files(spool, rows, left_N)
     if heldout is None:
         heldout_N = _heldout(rows, train_N, config.heldout_fraction, config.heldout_sources)
         train_N = train_N & ~heldout_N
@@ -98,8 +101,10 @@ def build_corpus(
     return Corpus(name, train, held, *hashes, duplicates=int((~found.kept_N).sum()), beyond=beyond)
 
 
-def _origins(spool: Spool, rows: NDArray[np.void], chosen_N: Mask) -> frozenset[str]:
-    return frozenset(document.origin for document in SpooledDocuments(spool, rows, np.flatnonzero(chosen_N)))
+def _files(spool: Spool, rows: NDArray[np.void], chosen_N: Mask) -> frozenset[str]:
+    """Origins without lines: one for each file, which may hold millions of documents."""
+    each = SpooledDocuments(spool, rows, np.flatnonzero(chosen_N))
+    return frozenset(_LINE.sub("", document.origin) for document in each)
 
 
 def heldout_part(documents: Iterable[Document]) -> Sequence[Document]:

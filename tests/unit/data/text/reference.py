@@ -39,7 +39,8 @@ def build_corpus(
     if config.max_bytes is not None:
         # Where documents are yet to be split at least two units, so that each side has one.
         train = _capped(distinct, config.max_bytes, least=2 if heldout is None else 1)
-        beyond = frozenset(d.origin for d in distinct) - {d.origin for d in train}
+        within = {d.origin for d in train}
+        beyond = frozenset(d.origin.rpartition(":")[0] for d in distinct if d.origin not in within)
     else:
         train = distinct
     if heldout is None:

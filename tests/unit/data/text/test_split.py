@@ -192,3 +192,11 @@ def test_a_full_disk_is_one_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         spooled(tmp_path).rows()
     gc.collect()
     assert not list(tmp_path.iterdir())
+
+
+def test_files_beyond_the_cap_are_known_and_not_their_documents() -> None:
+    """A small part of a large text leaves millions of documents out."""
+    texts = [Document(f"text {n}", f"s{n}", f"{'ab'[n % 2]}:1.jsonl:{n}") for n in range(40)]
+    texts.append(Document("a whole file", "s40", "c:1.txt"))
+    corpus = split.build_corpus("a", texts, SourceConfig(files="x", max_bytes=1))
+    assert corpus.beyond == {"a:1.jsonl", "b:1.jsonl", "c:1.txt"}
