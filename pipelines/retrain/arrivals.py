@@ -75,8 +75,9 @@ def counts_before(tick: Tick, files: Arrived | None) -> Counts | None:
 
 def remember_counts(tick: Tick, files: Arrived | None, counts: Counts) -> None:
     """Keep what was counted for the next tick; a store that cannot be written to is looked through again."""
-    # A file that is written to while its time of change does not move on would be taken for the one that was read.
-    if files is not None and files.changed_ns < (time.time() - SETTLED_SECONDS) * 1e9:
+    # A file that is written to while its time of change does not move on would be taken for the one that was read,
+    # also if that happened while others were read.
+    if files is not None and files.changed_ns < files.looked_ns - SETTLED_SECONDS * 1e9:
         note = _Note(files.state, _compared_with(tick), counts)
         with suppress(OSError):
             write_atomic(tick.record.path / "inbox.json", canonical_json(asdict(note)))

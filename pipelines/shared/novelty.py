@@ -5,6 +5,7 @@ New is what has no copy and no near copy in the champion's distributions or in a
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -101,7 +102,7 @@ def look_at(inbox: InboxConfig) -> Arrived | None:
     if inbox.path is not None:
         return look_at_inbox(Path(inbox.path))
     # A revision of the hub never changes.
-    return Arrived(1, content_key([inbox.hf, inbox.revision]), 0)
+    return Arrived(1, content_key([inbox.hf, inbox.revision]), 0, time.time_ns())
 
 
 def arrived(inbox: InboxConfig) -> set[str]:

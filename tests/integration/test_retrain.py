@@ -159,7 +159,11 @@ def test_an_inbox_is_read_again_when_something_changed(touch: str) -> None:
     assert tick()["outcome"] == "idle" and note.read_text() != before
 
 
-def test_a_file_that_was_just_written_is_read_again() -> None:
+@pytest.mark.parametrize("seconds", [0, 60])
+def test_a_file_that_was_just_written_is_read_again(seconds: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However long others are read meanwhile."""
+    clock = SimpleNamespace(time=lambda: time.time() + seconds)
+    monkeypatch.setattr(arrivals, "time", clock)
     arrive("sea", documents=12)
     tick()
     assert not Path("mlruns/runs/tiny/inbox.json").exists()

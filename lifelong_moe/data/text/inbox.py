@@ -15,6 +15,7 @@ import hashlib
 import io
 import os
 import re
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -61,6 +62,8 @@ class Arrived:
     """SHA-256 of their names, devices, inodes, sizes and times; other files, or the same ones changed, have another."""
     changed_ns: int
     """Latest time at which one of them changed, in nanoseconds since the epoch."""
+    looked_ns: int
+    """When they were looked at, which was before they were read."""
 
 
 def look_at_inbox(directory: Path) -> Arrived | None:
@@ -70,7 +73,7 @@ def look_at_inbox(directory: Path) -> Arrived | None:
         DataError: The manifest is malformed, or there are too many files.
     """
     with _opened(directory) as folder:
-        return Arrived(0, content_key([]), 0) if folder is None else _Arrivals(directory, folder).look()
+        return Arrived(0, content_key([]), 0, time.time_ns()) if folder is None else _Arrivals(directory, folder).look()
 
 
 def read_inbox(directory: Path, source: SourceConfig) -> Inbox | None:
@@ -139,7 +142,7 @@ class _Arrivals:
 
     def look(self) -> Arrived | None:
         """The files that :meth:`read` would read, and the manifest; None if one of them cannot be looked at."""
-        names = self._names()
+        names, now = self._names(), time.time_ns()
         if MANIFEST in names:
             names = [MANIFEST, *(str(self._contained(name)) for name in self._listed()[0])]
         try:
@@ -151,7 +154,7 @@ class _Arrivals:
             [os.fsencode(name).hex(), *(getattr(one, field) for field in kept)]
             for name, one in zip(names, found, strict=True)
         ]
-        return Arrived(len(names), content_key(states), max((one.st_ctime_ns for one in found), default=0))
+        return Arrived(len(names), content_key(states), max((one.st_ctime_ns for one in found), default=0), now)
 
     def _names(self) -> list[str]:
         """Files in order of name, without those that are passed over."""
