@@ -262,7 +262,7 @@ def _read(path: Path | None, build: Callable[[Any], T]) -> T | None:
     if path is None:
         return None
     try:
-        found = read_stored(path, build)
+        found = read_stored(path, lambda data: build(_whole(data)))
         # Garbage collection removes what nobody asked for in a long time.
         with suppress(OSError):
             os.utime(path)
@@ -270,6 +270,13 @@ def _read(path: Path | None, build: Callable[[Any], T]) -> T | None:
     # Missing or damaged is the same: files are read, and it is made again.
     except (OSError, CorruptError):
         return None
+
+
+def _whole(data: Any) -> Any:
+    # One wrong digit would name a document that is no near copy, and nothing would show it.
+    if not isinstance(data, dict) or data.pop("sha256", None) != content_key(data):
+        raise CorruptError("damaged.")
+    return data
 
 
 def _remove(path: Path | None) -> None:
@@ -282,4 +289,4 @@ def _write(path: Path | None, content: Mapping[str, object], mode: int) -> None:
     # Names that are no Unicode cannot be written; then files are read each time.
     with suppress(OSError, UnicodeEncodeError):
         if path is not None:
-            write_atomic(path, canonical_json(content), mode)
+            write_atomic(path, canonical_json({**content, "sha256": content_key(content)}), mode)

@@ -19,6 +19,7 @@ from lifelong_moe.data.text.sources import read_corpus
 from lifelong_moe.data.text.spool import Spool
 from lifelong_moe.data.tokens.prepare import PreparedData, prepare_data
 from lifelong_moe.errors import DataError
+from lifelong_moe.storage.keys import canonical_json, content_key
 
 CACHE = Path("cache")
 TOKENIZER = TokenizerConfig(vocab_size=300)
@@ -84,6 +85,12 @@ def remembered(name: str) -> Corpus:
     assert corpus.remember is not None
     corpus.remember()
     return corpus
+
+
+def forge(path: Path, content: dict[str, Any]) -> None:
+    """Write a manifest that says whatever it says, and is whole."""
+    del content["sha256"]
+    path.write_text(canonical_json({**content, "sha256": content_key(content)}))
 
 
 def same(one: PreparedData, other: PreparedData) -> None:
@@ -180,6 +187,14 @@ def test_a_damaged_manifest_is_as_none(damage: str, opened: list[str]) -> None:
     assert len(opened) == 5
 
 
+def test_one_wrong_digit_is_found(opened: list[str]) -> None:
+    first = prepared()
+    (path,) = (path for path in CACHE.glob("manifests/*.json") if "near_copies" in path.read_text())
+    digest = first.records["c"].left_out[0]
+    path.write_text(path.read_text().replace(digest, f"{'0' if digest[0] != '0' else '1'}{digest[1:]}"))
+    same(first, prepared())
+
+
 def test_forgetting_reads_again(opened: list[str]) -> None:
     first = prepared()
     forget(CACHE)
@@ -200,7 +215,7 @@ def test_a_manifest_of_other_text_is_found_out_when_text_is_read_and_forgotten(w
         content["heldout_rows"] = "1" * 64
     else:
         content[wrong.removesuffix("_hash")]["hash"] = "1" * 64
-    path.write_text(json.dumps(content))
+    forge(path, content)
     found = read_corpus("ab", sources()["ab"], CACHE)
     with pytest.raises(DataError, match="has changed since this command began"):
         list(found.train)
@@ -216,7 +231,7 @@ def test_a_wrong_manifest_of_what_is_left_is_found_out_and_forgotten() -> None:
     content = json.loads(path.read_text())
     assert content["left"]["c"]["near_copies"]
     content["left"]["c"]["near_copies"] = ["1" * 64]
-    path.write_text(json.dumps(content))
+    forge(path, content)
     shutil.rmtree(CACHE / "tokens")
     with pytest.raises(DataError, match="has changed since this command began"):
         prepared()
@@ -229,7 +244,7 @@ def test_a_manifest_of_no_documents_is_as_none(number: int) -> None:
     (path,) = CACHE.glob("manifests/*.json")
     content = json.loads(path.read_text())
     content["train"]["documents"] = number
-    path.write_text(json.dumps(content))
+    forge(path, content)
     assert len(read_corpus("ab", sources()["ab"], CACHE).train) == len(corpus.train)
 
 
