@@ -81,9 +81,8 @@ def loss_check(pool: Pool, against: Comparison, lost: Bounds, after: DocumentLos
     """Check that the loss of a distribution, or of a pool of them, increased by at most the limit with confidence."""
     names, limit, passed = ", ".join(pool), against.limit, lost.upper <= against.limit
     sentence = (
-        f"{names} {'loses' if len(pool) == 1 else 'together lose'} {lost.mean:.4f} nats per token against "
-        f"{against.words}, "
-        f"with confidence at most {lost.upper:.4f}; {'within' if passed else 'more than'} {limit:g}."
+        f"{names} {_change(lost.mean, len(pool))} nats per token against {against.words}, "
+        f"with confidence {_bound(lost)}; {'within' if passed else 'more than'} {limit:g}."
     )
     if math.isinf(lost.upper):
         sentence = f"What {names} lost against {against.words} cannot be told: {_too_few(after)}."
@@ -100,7 +99,7 @@ def worst_member_check(pool: Pool, against: Comparison, name: str, lost: Bounds)
         value=lost.lower,
         limit=limit,
         passed=passed,
-        sentence=f"Of {', '.join(pool)} {name} loses most clearly, {lost.mean:.4f} nats per token, with confidence at "
+        sentence=f"Of {', '.join(pool)}: {name} loses most clearly, {lost.mean:.4f} nats per token, with confidence at "
         f"least {lost.lower:.4f}; {'not shown to be' if passed else 'shown to be'} more than {limit:g}.",
     )
 
@@ -118,6 +117,19 @@ def borrower_check(small: Pool, against: Comparison, after: DocumentLosses, othe
         sentence=f"{names}, of too few sources for bounds, loses {mean:.4f} nats per token as measured; "
         f"{'within' if passed else 'more than'} {limit:g}.",
     )
+
+
+def _change(lost: float, members: int) -> str:
+    """What is lost or gained; nobody reads a loss below 0 as a gain at first sight."""
+    lose, gain = ("loses", "gains") if members == 1 else ("together lose", "together gain")
+    return f"{gain} {-lost:.4f}" if lost < 0 else f"{lose} {lost:.4f}"
+
+
+def _bound(lost: Bounds) -> str:
+    """The upper bound of a loss; beside a gain, that it is one of the loss."""
+    if lost.upper < 0:
+        return f"a gain of at least {-lost.upper:.4f}"
+    return f"a loss of at most {lost.upper:.4f}" if lost.mean < 0 else f"at most {lost.upper:.4f}"
 
 
 def _name(pool: Pool) -> str:

@@ -15,12 +15,17 @@ from lifelong_moe.tracking.values import DESCRIPTION_CHARACTERS, clean_key, cut
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
+    from mlflow.entities.model_registry import ModelVersion
     from mlflow.store.artifact.artifact_repo import ArtifactRepository
 
 STAGE_KEY_TAG = "stage_key"
 DIRECTORY_TAG = "directory"
 MODELS = "models"
 """Folder of a run's artifacts in which its models are."""
+
+
+PENDING = "at the gate"
+"""Description of a version without a verdict; the only one that a later registration replaces."""
 
 
 @dataclass(frozen=True)
@@ -69,18 +74,24 @@ def register_version(client: MlflowClient, artifacts: ArtifactRepository, versio
     """
     name = registered_name(version.name)
     # Looked up by stage key first, so that a repeated delivery registers nothing twice.
-    number = _find(client, name, version) or _create(client, artifacts, name, version, remote=remote)
+    found = _find(client, name, version)
+    if found is None:
+        number = _create(client, artifacts, name, version, remote=remote)
+    else:
+        number = str(found.version)
+        if version.description and str(found.description or "").startswith(PENDING):
+            _describe(client, name, number, version)
     if version.alias:
         client.set_registered_model_alias(name, version.alias, number)
     return number
 
 
-def _find(client: MlflowClient, name: str, version: Version) -> str | None:
+def _find(client: MlflowClient, name: str, version: Version) -> ModelVersion | None:
     key = version.tags[STAGE_KEY_TAG]
     found = client.search_model_versions(f"name = '{name}' and tags.{STAGE_KEY_TAG} = '{key}'")
     # Those of earlier releases pointed at the stage itself, which MLflow cannot load.
-    numbers = [int(one.version) for one in found if str(one.source).endswith(f"/{version.path}")]
-    return str(min(numbers)) if numbers else None
+    ours = [one for one in found if str(one.source).endswith(f"/{version.path}")]
+    return min(ours, key=lambda one: int(one.version), default=None)
 
 
 def _create(client: MlflowClient, artifacts: ArtifactRepository, name: str, version: Version, *, remote: bool) -> str:
@@ -102,11 +113,15 @@ def _create(client: MlflowClient, artifacts: ArtifactRepository, name: str, vers
     )
     # Its number is known only now.
     number = str(created.version)
+    _describe(client, name, number, version)
+    return number
+
+
+def _describe(client: MlflowClient, name: str, number: str, version: Version) -> None:
     how = how_to_load(name, number)
     # First what the version is, of which MLflow's list of versions shows the beginning.
     note = cut(version.description, DESCRIPTION_CHARACTERS - len(how) - 2)
     client.update_model_version(name, number, f"{note}\n\n{how}".strip())
-    return number
 
 
 def _write(artifacts: ArtifactRepository, version: Version, *, remote: bool) -> str:

@@ -165,9 +165,11 @@ class ComparisonRecord:
         console.print(f"Comparison: {self.path / 'comparison.md'}, comparison.json and figures/")
         name = self.comparison.settings.compare
         if self.parent and (link := self.tracker.ui_url(tag=(COMPARISON, name), order=ARM)):
-            console.print(f"MLflow: {link}  (start it with: lifelong-moe ui)")
+            # Folded by us, it could be neither clicked nor copied.
+            console.print(f"MLflow: {link}  (start it with: lifelong-moe ui)", soft_wrap=True)
             if len(self.comparison.settings.seeds) > 1:
-                console.print(f"Means over seeds: {self.tracker.ui_url(tag=(MEANS, name), order=ARM)}")
+                means = self.tracker.ui_url(tag=(MEANS, name), order=ARM)
+                console.print(f"Means over seeds: {means}", soft_wrap=True)
         elif self.tracker.problem:
             console.print(self.tracker.problem, style="yellow")
 

@@ -116,10 +116,12 @@ def terminal(console: Console, comparison: Mapping[str, Any]) -> None:
     """Print the tables."""
     for grid in grids(comparison):
         table = Table(title=grid.title, title_justify="left")
-        for i, header in enumerate(grid.header):
-            table.add_column(header, justify="right" if i else "left")
+        # Columns without a number take the room that others need; `absent` says what is missing.
+        shown = [i for i in range(len(grid.header)) if any(row[i] != ABSENT for row in grid.rows)]
+        for i in shown:
+            table.add_column(grid.header[i], justify="right" if i else "left")
         for row in grid.rows:
-            table.add_row(*row)
+            table.add_row(*(row[i] for i in shown))
         show(console, table)
     console.print(EXPLANATION)
     for line in absent(comparison):

@@ -13,12 +13,14 @@ from lifelong_moe.retraining.checks import Verdict
 from lifelong_moe.store.runs import OpenRun
 from lifelong_moe.store.stages import CommittedStage
 from lifelong_moe.tracking.operations import local_id
+from lifelong_moe.tracking.registry import PENDING
 from lifelong_moe.tracking.tracker import Tracker
 from lifelong_moe.training.callbacks.points import Row
 from pipelines.retrain.outcome import TickOutcome
 from pipelines.retrain.plan_file import PlanFacts
 from pipelines.retrain.render import tick_note
 from pipelines.run.rows import usage_rows
+from pipelines.shared.markdown import plain
 from pipelines.shared.record_params import CONFIG, config_yaml, stage_params
 from pipelines.shared.recorded import model_name, show_champion
 from pipelines.versions.candidates import Candidate
@@ -39,6 +41,7 @@ class TickRecord:
     def __init__(self, tracker: Tracker, opened: OpenRun) -> None:
         self.tracker, self.opened = tracker, opened
         self.run_id: str | None = None
+        self._registered: dict[str, str] | None = None
 
     @property
     def model(self) -> str:
@@ -101,9 +104,8 @@ class TickRecord:
         self.tracker.log_metrics(self.run_id, rows)
         tags = {"stage_key": stage.key, "stage": stage.name, "run": self.opened.head.run, "data": facts.data}
         tags |= {"parent_key": str(stage.parent), "weights_sha256": stage.weights_hash}
-        self.tracker.register_version(
-            self.model, run_id=self.run_id, tags=tags, description="at the gate", alias="candidate"
-        )
+        self.tracker.register_version(self.model, run_id=self.run_id, tags=tags, description=PENDING, alias="candidate")
+        self._registered = tags
 
     def judged(self, verdict: Verdict) -> None:
         """Log the checks of the gate."""
@@ -119,6 +121,9 @@ class TickRecord:
             return
         self.tracker.start_run("", run_id=self.run_id, tags={"lifelong.outcome": ended.outcome})
         self.tracker.set_note(self.run_id, tick_note(ended, facts, verdict))
+        if self._registered is not None:  # else the registry would show a rejected version as one at the gate
+            said = f"{ended.outcome}: {plain(ended.reason)}."
+            self.tracker.register_version(self.model, run_id=self.run_id, tags=self._registered, description=said)
         self.tracker.log_text(self.run_id, json.dumps(ended.to_json(), indent=1, ensure_ascii=False), "outcome.json")
         self.tracker.finish(self.run_id)
         # Last: the alias of the champion moves only once its run says why.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from rich.console import Console
 
+from lifelong_moe.measures import duration
 from lifelong_moe.retraining.checks import Verdict
 from lifelong_moe.retraining.predicted import Power
 from lifelong_moe.storage.keys import SHORT
@@ -27,7 +28,7 @@ def plan_sentences(facts: PlanFacts) -> list[str]:
     sentences += facts.decision.reasons
     if (stage := facts.stage) is not None:
         how = "new experts" if stage.continues is None else f"the experts of stage {stage.continues} train on"
-        hours = "" if stage.hours is None else f", about {60 * stage.hours:.1f} minutes"
+        hours = "" if stage.hours is None else f", about {duration(3600 * stage.hours)}"
         sentences.append(
             f"Stage {stage.name} ({stage.key[:SHORT]}): {how}; {stage.tokens:,} tokens "
             f"({stage.replay_fraction:.0%} replayed), {stage.parameters_trainable / 1e6:.2f}M of "

@@ -88,7 +88,7 @@ def _changed(prepared: Prepared, head: RunHead, data: Mapping[str, str]) -> str:
         )
     first, old = next((new, old) for old, new in zip(head.plan, prepared.plan, strict=False) if old != new.key)
     return (
-        f"run={run} exists with another configuration or other data: stage {first.index} ({first.spec.name}) was "
+        f"run={run} exists with another configuration or other data: stage {first.spec.name} was "
         f"{old[:SHORT]} and would be {first.key[:SHORT]}. Choose run=NAME, or --replace to let this name refer to the "
         f"new stages."
     )

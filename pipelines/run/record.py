@@ -267,7 +267,8 @@ class MlflowRecord:
         # A comparison prints the address of all its runs.
         shown = self.told.run if self.compared is None else None
         if shown and (link := self.tracker.ui_url(shown)):
-            console.print(f"MLflow: {link}  (start it with: lifelong-moe ui)")
+            # Folded by us, it could be neither clicked nor copied.
+            console.print(f"MLflow: {link}  (start it with: lifelong-moe ui)", soft_wrap=True)
         elif self.tracker.problem != self._told:
             console.print(self.tracker.problem, style="yellow")
 

@@ -45,10 +45,11 @@ def data_table(console: Console, prepared: Prepared) -> None:
         if name in data.gone:
             console.print(_gone(name, is_measured=name in data.heldout))
         if record.duplicates:
-            console.print(f"{name}: {record.duplicates:,} documents are duplicates and left out")
+            console.print(f"{name}: {_documents(record.duplicates, 'a duplicate', 'duplicates')} and left out")
         if record.left_out:
             console.print(
-                f"{name}: {len(record.left_out):,} documents are near copies of held-out text and left out of training",
+                f"{name}: {_documents(len(record.left_out), 'a near copy', 'near copies')} of held-out text and left "
+                f"out of training",
             )
     tokenizer = data.tokenizer
     console.print(f"tokenizer: {tokenizer.vocab_size:,} entries, {tokenizer.hash[:12]}")
@@ -104,6 +105,10 @@ def tell(console: Console, sentences: Iterable[str]) -> None:
     for sentence in sentences:
         console.print(sentence, style="bold")
     console.print("What the words mean: lifelong-moe report --glossary", style="dim")
+
+
+def _documents(number: int, one: str, many: str) -> str:
+    return f"1 document is {one}" if number == 1 else f"{number:,} documents are {many}"
 
 
 def _matrix_table(one: Report) -> Table:
@@ -226,7 +231,7 @@ def stage_note(one: Report, index: int, origin: str) -> str:
     """Markdown for a stage's MLflow page and model version; ``origin`` says who trained it, if another run did."""
     stage = one.stages[index]
     lines = [
-        f"Stage {index} **{plain(stage.name)}** of {plain(one.run)} · `{stage.key[:16]}`"
+        f"Stage {index} {plain(stage.name)} of {plain(one.run)} · `{stage.key[:16]}`"
         + (f" · trained by {origin} and shared" if origin else ""),
         "",
         "So far: " + plain(" ".join(report_verdict([one]))),

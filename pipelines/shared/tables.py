@@ -20,6 +20,10 @@ def show(console: Console, table: Table) -> None:
     # rich would render it and then throw it away, and a comparison says nothing of hundreds of complete runs.
     if console.quiet:
         return
+    # rich would fold it at the table's width, however much room the terminal has.
+    if table.title:
+        console.print(table.title, style="table.title", highlight=False)
+        table.title = None
     spans = [_span(console, column) for column in table.columns]
     room = console.width - 1  # the line that ends the table
     if sum(span.maximum + EDGE for span in spans) <= room:
@@ -33,7 +37,6 @@ def show(console: Console, table: Table) -> None:
         parts[-1].append(index)
     for number, part in enumerate(parts):
         shown = _part(table, part, _shared([spans[i] for i in part], room - EDGE * len(part)))
-        shown.title = table.title if number == 0 else None
         shown.caption = table.caption if number == len(parts) - 1 else None
         console.print(shown)
 
@@ -61,7 +64,7 @@ def _shared(spans: Sequence[Measurement], room: int) -> list[int] | None:
 
 
 def _part(table: Table, columns: Sequence[int], widths: Sequence[int] | None) -> Table:
-    part = Table(title_justify=table.title_justify)
+    part = Table()
     for place, index in enumerate(columns):
         column, width = table.columns[index], None if widths is None else widths[place]
         part.add_column(column.header, justify=column.justify, width=width, overflow="fold")

@@ -150,6 +150,13 @@ def table(*rows: tuple[str, ...]) -> list[str]:
     return [line.strip() for line in file.getvalue().splitlines()]
 
 
+def test_a_title_is_not_folded_at_the_width_of_its_table() -> None:
+    made, file = Table("a", title="a title of several words"), io.StringIO()
+    made.add_row("1")
+    show(Console(file=file, width=31), made)
+    assert file.getvalue().splitlines()[0] == "a title of several words"
+
+
 def test_a_table_fits_is_wrapped_or_goes_on_below() -> None:
     """Columns as wide as 4, 12 and 9 characters take 3 more each, and 1: 35. In 31 there are 8 left for the middle."""
     assert "│ a    │ one two │ 1 │" in table(("a", "one two", "1"))

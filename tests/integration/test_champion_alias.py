@@ -112,6 +112,7 @@ def serving() -> str:
 
 def test_promotion_rollback_drop_and_consolidation(lab: None, monkeypatch: pytest.MonkeyPatch) -> None:
     assert shown().tags["stage_key"] == serving() == head()["versions"][1]["stages"][-1]["key"]
+    assert shown().description.startswith("promoted: ")  # no longer "at the gate"
     assert SHOWN in said(lambda console: rollback("tiny", None, console))
     assert shown().tags["stage_key"] == serving() == head()["versions"][0]["stages"][-1]["key"]
     assert SHOWN in said(lambda console: rollback("tiny", 1, console))

@@ -29,10 +29,10 @@ from tests.tiny import fork, tiny_config, train, write_config
 needs_fork = pytest.mark.skipif(torch.cuda.is_available(), reason="autograd does not survive a fork once CUDA is there")
 
 
-def start(*overrides: str, only: list[str] | None = None) -> tuple[dict[str, Any], str]:
+def start(*overrides: str, only: list[str] | None = None, width: int = 200) -> tuple[dict[str, Any], str]:
     """Compare in this process; returns ``comparison.json`` and what was printed."""
     printed = io.StringIO()
-    found = compare(load_comparison("compare.yaml", overrides), only or [], False, Console(file=printed, width=200))
+    found = compare(load_comparison("compare.yaml", overrides), only or [], False, Console(file=printed, width=width))
     return found, printed.getvalue()
 
 
@@ -68,8 +68,11 @@ def test_one_parent_with_the_arms_under_it(lab: Path, template: Path, setup: Cal
     (lab / "mlruns").mkdir()
     shutil.copy(template, lab / "mlruns/mlflow.db")
     setup(tracking={"enabled": True})
-    found, printed = start("stage_defaults.grow.noise=0.02")
-    assert "MLflow: http://127.0.0.1:5000/#/experiments/" in printed
+    found, printed = start("stage_defaults.grow.noise=0.02", width=80)
+    # One line, however narrow the terminal, so that it can be copied.
+    (address,) = (line for line in printed.splitlines() if line.startswith("MLflow: http://127.0.0.1:5000/#/"))
+    assert len(address) > 80 and address.endswith("orderByAsc=true  (start it with: lifelong-moe ui)")
+    assert "oracle gap (bits/byte)" not in printed  # of no arm here, and a column of dashes would fold the others
     client = MlflowClient(f"sqlite:///{(lab / 'mlruns/mlflow.db').absolute()}")
     experiment = client.get_experiment_by_name("lifelong-moe")
     assert experiment is not None

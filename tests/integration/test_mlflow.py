@@ -18,6 +18,7 @@ from matplotlib.figure import Figure
 from lifelong_moe.config.tracking import TrackingConfig
 from lifelong_moe.errors import DivergedError
 from lifelong_moe.store.pointer import open_pointer
+from lifelong_moe.tracking.registry import PENDING
 from lifelong_moe.tracking.tracker import Tracker
 from tests.records import commit_made
 
@@ -148,6 +149,14 @@ def test_a_stage_is_registered_once(root: Path, tracker: Tracker) -> None:
     assert version.status == "READY" and version.tags == tags | {"directory": str(first.path)}
     assert version.description.startswith("first\n") and 'load_model("models:/demo/1")' in version.description
     assert open_pointer(folder / "data")[1].key == first.key
+
+
+def test_a_verdict_replaces_the_note_of_a_version_at_the_gate_and_no_other(root: Path, tracker: Tracker) -> None:
+    run_id, stage = started(tracker), commit_made(root, "0123" * 16)
+    for said, shown in ((PENDING, PENDING), ("", PENDING), ("rejected: no gain.", "rejected"), ("other", "rejected")):
+        tracker.register_version("demo", run_id=run_id, tags={"stage_key": stage.key}, description=said)
+        found = client(root).get_model_version("demo", "1").description
+        assert found.startswith(shown) and 'load_model("models:/demo/1")' in found
 
 
 def test_a_long_note_leaves_room_for_how_to_load(root: Path, tracker: Tracker) -> None:

@@ -164,7 +164,7 @@ def _experts(report: Report, image: bytes) -> Iterator[Html]:
             use = report.mixture.get(name)
             row += ["–", "–"] if use is None else [MEASURES["readers"].show(use.readers), _shares(use.shares)]
         rows.append(row)
-    caption = "How each distribution uses the experts after the last stage, mean over layers."
+    caption = "How each distribution uses the experts after the last stage: mean load, and unused ones of all layers."
     yield table(caption, headers, rows, texts=(len(headers) - 1,) if report.mixture else ())
 
 

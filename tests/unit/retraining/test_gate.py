@@ -343,10 +343,15 @@ def test_small_distributions_are_tested_together() -> None:
         "a, b, c together lose 0.0000 nats per token against the version before, with confidence at most 0.0000; "
         "within 0.01."
     )
+    gained = judge_derived(after={**before, "wiki": level(0.99)}, before=before, config=CONFIG, seed=0)
+    assert gained.checks[0].sentence == (
+        "wiki gains 0.0100 nats per token against the version before, with confidence a gain of at least 0.0100; "
+        "within 0.01."
+    )
     found = judge_derived(after={**before, "b": few(2.014, 3)}, before=before, config=CONFIG, seed=0)
     assert not found.passed  # 0.0047 together, but b has been shown to lose more than 0.01
     assert found.reasons == [
-        "Of a, b, c b loses most clearly, 0.0140 nats per token, with confidence at least 0.0140; shown to be more "
+        "Of a, b, c: b loses most clearly, 0.0140 nats per token, with confidence at least 0.0140; shown to be more "
         "than 0.01."
     ]
 

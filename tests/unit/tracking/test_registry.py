@@ -27,7 +27,7 @@ class Server:
         self.artifacts, self.source, self.aliases = LocalArtifactRepository(str(root)), "", dict[str, str]()
 
     def search_model_versions(self, asked: str) -> list[Any]:
-        return [SimpleNamespace(version="7", source=self.source)] if self.source else []
+        return [SimpleNamespace(version="7", source=self.source, description="")] if self.source else []
 
     def create_registered_model(self, name: str) -> None:
         pass
