@@ -27,6 +27,13 @@ ENCODINGS = (
 MOST_PATTERNS = 1_000
 
 
+class BadLinesRule(StrEnum):
+    """What a line of an inbox that holds no document does."""
+
+    refuse = "refuse"
+    quarantine = "quarantine"
+
+
 class KeepText(StrEnum):
     """How long a tick of scheduled retraining keeps its copy of a batch's text."""
 

@@ -46,7 +46,8 @@ def carry_out(
     trainer = _candidate_trainer(tick, new, texts, interrupt)
     mlflow = TickRecord(Tracker.connect(tick.config.tracking, ROOT), tick)
     try:
-        mlflow.begin(new.name, new.hash, trainer.texts.corpora[new.name], tick.retraining.settings)
+        corpus = trainer.texts.corpora[new.name]
+        mlflow.begin(new.name, new.hash, corpus, tick.retraining.settings, tick.bad_lines or 0)
         if plan_path is None:
             plan = make_plan(trainer, new, tick.head)
             plan.write(tick.record)

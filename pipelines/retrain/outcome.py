@@ -41,6 +41,8 @@ class TickOutcome:
     """Path of the plan."""
     near_copies: Mapping[str, int] | None = None
     """Documents left out, by what they are near copies of."""
+    bad_lines: int | None = None
+    """Lines of the inbox that were left out because they hold no document."""
     candidate: str | None = None
     """Key of the stage that was trained."""
     run: str | None = None

@@ -48,8 +48,8 @@ class TickRecord:
         """Name of the registered model."""
         return model_name(self.opened.head)
 
-    def begin(self, name: str, batch: str, corpus: Corpus, settings: RetrainConfig) -> None:
-        """Start or resume the batch's MLflow run."""
+    def begin(self, name: str, batch: str, corpus: Corpus, settings: RetrainConfig, bad_lines: int) -> None:
+        """Start or resume the batch's MLflow run; ``bad_lines`` of the inbox were left out."""
         if not self.tracker.active:
             return
         run, told = self.opened.head.run, self.opened.head.mlflow
@@ -68,7 +68,7 @@ class TickRecord:
         # MLflow gives the run an id of its own; offline the local one stays.
         self._save_id(batch, self.run_id or known)
         profile = {"documents": len(corpus.train) + len(corpus.heldout), "held_out": len(corpus.heldout)}
-        profile["near_copies"] = len(corpus.near_copies)
+        profile |= {"near_copies": len(corpus.near_copies), "bad_lines": bad_lines}
         self.tracker.log_dataset(
             self.run_id, name=name, digest=corpus.train_hash[:32], context="training", source="inbox", profile=profile
         )

@@ -102,6 +102,7 @@ def _look(tick: Tick) -> tuple[Texts, NewDocuments]:
     with tick.console.status("looking at the inbox"):
         texts = read_texts(tick.config, tick.known)
         new = new_documents(tick.retraining.settings.inbox, texts, tick.head.batches, tick.batches)
+    tick.quarantine(new.bad_lines)
     if new.known:
         tick.console.print(f"{new.known:,} documents in the inbox were seen before, or repeat others")
     if new.near_copies:

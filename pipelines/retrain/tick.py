@@ -11,11 +11,14 @@ from rich.console import Console
 from lifelong_moe.config.data import KeepText
 from lifelong_moe.config.load import written_config
 from lifelong_moe.config.retraining.policy import HELDOUT_SOURCES
+from lifelong_moe.data.formats.bad_lines import BadLines
 from lifelong_moe.data.text.batches import BatchStore
 from lifelong_moe.data.text.documents import Document
 from lifelong_moe.data.tokens.shards import tokenize_documents
 from lifelong_moe.errors import ConfigError, LifelongError, as_ours, one_line
 from lifelong_moe.plan.retraining import Retraining
+from lifelong_moe.storage.files import write_atomic
+from lifelong_moe.storage.modes import PRIVATE
 from lifelong_moe.store.batch_text import read_heads, removable_texts, remove_batch_text
 from lifelong_moe.store.head import RunHead
 from lifelong_moe.store.runs import OpenRun, RunRecord, require_head, timestamp
@@ -38,6 +41,8 @@ class Tick(OpenRun):
     def __init__(self, retraining: Retraining, record: RunRecord, head: RunHead, console: Console) -> None:
         super().__init__(record, head)
         self.retraining, self.console = retraining, console
+        self.bad_lines: int | None = None
+        """Lines of the inbox that this tick left out."""
         self.store, self.batches = StageStore(ROOT), BatchStore(ROOT)
         self.base, self.added = served_stages(head.champion, self.store)
         self.config = retraining.config(self.base, self.added)
@@ -46,7 +51,8 @@ class Tick(OpenRun):
     def end(self, ended: TickOutcome) -> TickOutcome:
         """Write the outcome to ledger and head, run the hooks, and return it with champion, run and time."""
         now = self.head.champion
-        ended = replace(ended, champion=ServingVersion(now.id, now.stages[-1].name, now.key))
+        serving = ServingVersion(now.id, now.stages[-1].name, now.key)
+        ended = replace(ended, champion=serving, bad_lines=self.bad_lines)
         last = LastTick(at=timestamp(), outcome=ended.outcome, reason=ended.reason, batch=ended.batch)
         # A batch that waits for a higher limit, or for more of its kind, is reported once, not every night.
         repeated = ended.outcome in ("over budget", "waiting") and last.repeats(self.head.last_tick)
@@ -59,6 +65,17 @@ class Tick(OpenRun):
         if ended.outcome != "idle" and not repeated:
             hooks.tell(self.retraining.settings.hooks, ended)
         return ended
+
+    def quarantine(self, lines: BadLines | None) -> None:
+        """Keep bad lines of the inbox apart, for their owner alone, and say how many there are."""
+        if lines is None or not lines.found:
+            return
+        path, first, self.bad_lines = self.record.path / "bad_lines.jsonl", lines.found[0], len(lines.found)
+        write_atomic(path, lines.to_jsonl(), PRIVATE)
+        self.console.print(
+            f"{self.bad_lines:,} lines of the inbox hold no document and are left out ({path}): the first is "
+            f"{first.file}:{first.line}: {first.reason}"
+        )
 
     def tell_champion(self) -> None:
         """Send MLflow what it missed, and which version serves."""

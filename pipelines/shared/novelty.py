@@ -11,10 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lifelong_moe.config.data import SourceConfig
+from lifelong_moe.config.data import BadLinesRule, SourceConfig
 from lifelong_moe.config.retraining.operation import InboxConfig
 from lifelong_moe.config.retraining.policy import HELDOUT_SOURCES
 from lifelong_moe.config.run import RunConfig
+from lifelong_moe.data.formats.bad_lines import BadLines
 from lifelong_moe.data.formats.limits import MAX_INBOX_BYTES, Quota
 from lifelong_moe.data.text.batches import BatchStore
 from lifelong_moe.data.text.documents import Document, documents_hash, normalized_hash
@@ -48,6 +49,8 @@ class NewDocuments:
     """Identifies this copy of the batch if the same documents arrived before with other sources; otherwise None."""
     mode: int = SHARED
     """Permissions of the batch's files: as private as the files read."""
+    bad_lines: BadLines | None = None
+    """Lines that were left out because they hold no document, if that is allowed."""
 
 
 def read_texts(config: RunConfig, known: Remembered | None = None) -> Texts:
@@ -68,9 +71,10 @@ def new_documents(inbox: InboxConfig, texts: Texts, settled: Iterable[str], batc
     Raises:
         DataError: ``file:line: reason``.
     """
-    found = _arrived(inbox)
+    bad = BadLines(inbox.max_bad_lines) if inbox.bad_lines == BadLinesRule.quarantine else None
+    found = _arrived(inbox, bad)
     if found is None:
-        return NewDocuments([], documents_hash([]), "", [], 0, 0)
+        return NewDocuments([], documents_hash([]), "", [], 0, 0, bad_lines=bad)
     # A text that stands in several files gets the source which the last of them names.
     new = {normalized_hash(document.text): document for document in found.documents}
     held = [document for documents in texts.heldout.values() for document in documents]
@@ -90,7 +94,7 @@ def new_documents(inbox: InboxConfig, texts: Texts, settled: Iterable[str], batc
     digest = documents_hash(documents)
     name, known = f"{found.distribution or 'batch'}-{digest[:8]}", len(found.documents) - len(left)
     sources = batches.sources(documents)
-    return NewDocuments(documents, digest, name, found.files, known, sum(copies), sources, found.mode)
+    return NewDocuments(documents, digest, name, found.files, known, sum(copies), sources, found.mode, bad)
 
 
 def look_at(inbox: InboxConfig) -> Arrived | None:
@@ -107,11 +111,11 @@ def look_at(inbox: InboxConfig) -> Arrived | None:
 
 def arrived(inbox: InboxConfig) -> set[str]:
     """Hashes of all documents in the inbox, seen before or not."""
-    found = _arrived(inbox)
+    found = _arrived(inbox, BadLines(inbox.max_bad_lines) if inbox.bad_lines == BadLinesRule.quarantine else None)
     return set() if found is None else {document.hash for document in found.documents}
 
 
-def _arrived(inbox: InboxConfig) -> Inbox | None:
+def _arrived(inbox: InboxConfig, bad_lines: BadLines | None) -> Inbox | None:
     source = SourceConfig(
         files=inbox.path,
         hf=inbox.hf,
@@ -122,7 +126,7 @@ def _arrived(inbox: InboxConfig) -> Inbox | None:
         source_field=inbox.source_field,
     )
     if inbox.path is not None:
-        return read_inbox(Path(inbox.path), source)
+        return read_inbox(Path(inbox.path), source, bad_lines)
     from lifelong_moe.data.text.hub import hub_documents
 
     documents = hub_documents(source, Quota(MAX_INBOX_BYTES, "the inbox"))

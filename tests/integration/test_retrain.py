@@ -159,6 +159,44 @@ def test_an_inbox_is_read_again_when_something_changed(touch: str) -> None:
     assert tick()["outcome"] == "idle" and note.read_text() != before
 
 
+BAD = {
+    2: (b"{", "malformed JSON"),
+    3: (b"[1]", "JSON object"),
+    5: (b'{"body": "x"}', 'there is no field "text"'),
+    6: (b"", "line is empty"),
+    8: (b"caf\xe9", "UTF-8"),
+}
+"""Lines that hold no document, by their number, and why."""
+
+
+def test_bad_lines_are_kept_apart() -> None:
+    path = arrive("sea")
+    good = path.read_bytes().splitlines()
+    path.write_bytes(b"\n".join(BAD[n][0] if n in BAD else line for n, line in enumerate(good, 1)) + b"\n")
+    with pytest.raises(DataError, match=r"new\.jsonl:2: malformed JSON"):
+        tick(dry_run=True)
+    with pytest.raises(DataError, match=r"new\.jsonl:6: .* inbox\.max_bad_lines=3 lines are bad already"):
+        tick("inbox.bad_lines=quarantine", "inbox.max_bad_lines=3", dry_run=True)
+    outcome, printed = tick_and_text("inbox.bad_lines=quarantine", dry_run=True)
+    assert outcome["outcome"] == "planned" and outcome["bad_lines"] == ledger()[-1]["bad_lines"] == len(BAD)
+    kept = Path("mlruns/runs/tiny/bad_lines.jsonl")
+    assert f"5 lines of the inbox hold no document and are left out ({kept}): the first is {path}:2: malf" in printed
+    found = [json.loads(line) for line in kept.read_text().splitlines()]
+    assert {one["line"]: one["text"] for one in found} == {
+        n: text.decode("utf-8", "backslashreplace") for n, (text, _) in BAD.items()
+    }
+    assert all(BAD[one["line"]][1] in one["reason"] and one["file"] == str(path) for one in found)
+    assert kept.stat().st_mode & 0o777 == 0o600
+    texts = {json.loads(line)["text"] for n, line in enumerate(good, 1) if n not in BAD}
+    assert {document.text for document in BatchStore(Path("mlruns")).documents(outcome["batch"])} <= texts
+
+
+def test_an_inbox_of_bad_lines_alone_is_idle() -> None:
+    Path("inbox/new.jsonl").write_text("{\n" * 9)
+    outcome = tick("inbox.bad_lines=quarantine")
+    assert (outcome["outcome"], outcome["bad_lines"]) == ("idle", 9)
+
+
 @pytest.mark.parametrize("seconds", [0, 60])
 def test_a_file_that_was_just_written_is_read_again(seconds: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """However long others are read meanwhile."""

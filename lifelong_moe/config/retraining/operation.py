@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from lifelong_moe.config.data import KeepText
+from lifelong_moe.config.data import BadLinesRule, KeepText
 from lifelong_moe.config.routing.bounds import require_bounded
 from lifelong_moe.errors import ConfigError
 
@@ -32,6 +32,11 @@ class InboxConfig:
     heldout_fraction: float = 0.15
     """Fraction of a batch's source units held out for its gate set; at least five units, if the batch has ten. A batch
     that was learned keeps its split."""
+    bad_lines: BadLinesRule = BadLinesRule.refuse
+    """What a line of a JSONL file that holds no document does: ``refuse`` ends the tick with its file, line and reason;
+    ``quarantine`` leaves it out and keeps it with these in ``mlruns/runs/RUN/bad_lines.jsonl``."""
+    max_bad_lines: int = 100
+    """Most lines to quarantine; the next one is refused, since a file with many is not what it is taken for."""
     keep_text: KeepText = KeepText.always
     """How long ``mlruns/batches`` keeps the text of a batch: ``always``; ``until_promoted``, until a version that
     learned it serves; or ``never``, until the tick is over. Every batch's documents stay known by their hashes, and a
@@ -44,6 +49,10 @@ class InboxConfig:
             raise ConfigError("inbox needs exactly one of path and hf; the other one null.")
         if not 0.0 < self.heldout_fraction < 1.0:
             raise ConfigError(f"inbox.heldout_fraction={self.heldout_fraction} must lie between 0 and 1.")
+        if self.max_bad_lines < 1:
+            raise ConfigError(
+                f"inbox.max_bad_lines={self.max_bad_lines} must be positive; bad_lines=refuse takes none."
+            )
 
 
 @dataclass(kw_only=True)

@@ -18,11 +18,12 @@ import re
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
 from lifelong_moe.config.data import SourceConfig
+from lifelong_moe.data.formats.bad_lines import BadLines
 from lifelong_moe.data.formats.limits import MAX_INBOX_BYTES, MAX_INBOX_FILES, Portion, Quota
 from lifelong_moe.data.formats.strict_json import parse_object
 from lifelong_moe.data.text.documents import Document
@@ -76,18 +77,19 @@ def look_at_inbox(directory: Path) -> Arrived | None:
         return Arrived(0, content_key([]), 0, time.time_ns()) if folder is None else _Arrivals(directory, folder).look()
 
 
-def read_inbox(directory: Path, source: SourceConfig) -> Inbox | None:
+def read_inbox(directory: Path, source: SourceConfig, bad_lines: BadLines | None = None) -> Inbox | None:
     """Read everything that has arrived; None if nothing has.
 
     Args:
         directory: The inbox; an absent one is empty. It may be a symbolic link itself.
         source: ``text_field`` and ``source_field``.
+        bad_lines: Takes lines of JSONL files that hold no document; None: the first of them is an error.
 
     Raises:
         DataError: ``file:line: reason``; a file is not what the manifest says, or not one that may be read.
     """
     with _opened(directory) as folder:
-        return None if folder is None else _Arrivals(directory, folder).read(source)
+        return None if folder is None else _Arrivals(directory, folder).read(source, bad_lines)
 
 
 @contextmanager
@@ -118,7 +120,7 @@ class _Arrivals:
         self._manifest = directory / MANIFEST
         self._quota = Quota(MAX_INBOX_BYTES, "the inbox")
 
-    def read(self, source: SourceConfig) -> Inbox | None:
+    def read(self, source: SourceConfig, bad_lines: BadLines | None) -> Inbox | None:
         """Read the files that are listed, or all of them; None if they hold no document."""
         names = self._names()
         # A dangling link counts as a manifest: ignoring it would read files that nobody listed.
@@ -136,7 +138,7 @@ class _Arrivals:
             file, found = self._snapshot(path, MAX_INBOX_BYTES)
             _require_as_listed(file.path, found, entry)
             files.append(found)
-            documents += reader(file, source)
+            documents += reader(replace(file, bad_lines=bad_lines), source)
             mode &= file.mode
         return Inbox(documents, files, distribution, mode) if documents else None
 

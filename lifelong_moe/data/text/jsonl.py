@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from functools import partial
+from typing import Any
 
 from lifelong_moe.data.formats.limits import MAX_LINE_BYTES
 from lifelong_moe.data.formats.strict_json import parse_object
@@ -15,9 +15,6 @@ from lifelong_moe.storage.keys import text_sha256
 
 SEPARATOR = "\x1e"
 """Stands between prompt and answer: the record separator, a byte that every byte-level tokenizer has."""
-
-if TYPE_CHECKING:
-    from lifelong_moe.data.formats.compression import ByteStream
 
 
 def read_jsonl(
@@ -32,14 +29,29 @@ def read_jsonl(
         answer_field: Field with the answer, where the text is a prompt.
 
     Raises:
-        DataError: ``file:line: reason``.
+        DataError: ``file:line: reason``; but lines of ``file.bad_lines``, where it takes them, are passed over.
     """
-    path = file.path
-    for number, line in _lines(unpacked(file), path):
+    path, stream = file.path, unpacked(file)
+    # Bounded, else one endless line would fill memory before its length is known.
+    for number, line in enumerate(iter(partial(stream.readline, MAX_LINE_BYTES + 1), b""), 1):
         where = f"{path}:{number}"
-        row = parse_object(decode(line.rstrip(b"\r\n"), where), path, number)
+        # Only a newline ends a line: U+2028 may stand within one. An empty line is normal at the very end alone;
+        # elsewhere it suggests a damaged file.
+        if not line.strip() and not stream.peek(1):
+            return
+        try:
+            _require_content(line, where)
+            row = parse_object(decode(line.rstrip(b"\r\n"), where), path, number)
+            document = document_from(row, where, text_field, source_field, answer_field)
+        except DataError as error:
+            if file.bad_lines is None:
+                raise
+            file.bad_lines.put(str(path), number, error, line)
+            while not line.endswith(b"\n") and (line := stream.readline(MAX_LINE_BYTES)):
+                pass  # the rest of one that is too long
+            continue
         file.portion.hold()
-        yield document_from(row, where, text_field, source_field, answer_field)
+        yield document
 
 
 def document_from(
@@ -78,20 +90,8 @@ def own_unit(text: str) -> str:
     return f"sha256:{text_sha256(text)}"
 
 
-def _lines(stream: ByteStream, path: Path) -> Iterator[tuple[int, bytes]]:
-    """Yield (line number from 1, line). Only a newline ends a line: U+2028 may stand within one.
-
-    One empty line at the end of the file is passed over; any other is an error.
-    """
-    number = 0
-    # Bounded, else one endless line would fill memory before its length is known.
-    while line := stream.readline(MAX_LINE_BYTES + 1):
-        number += 1
-        if len(line) > MAX_LINE_BYTES:
-            raise DataError(f"{path}:{number}: line is longer than {MAX_LINE_BYTES >> 20} MiB; cut the document.")
-        if not line.strip():
-            # Only an empty line at the very end is normal; elsewhere it suggests a damaged file.
-            if stream.peek(1):
-                raise DataError(f"{path}:{number}: line is empty; each line must be one JSON object.")
-            return
-        yield number, line
+def _require_content(line: bytes, where: str) -> None:
+    if len(line) > MAX_LINE_BYTES:
+        raise DataError(f"{where}: line is longer than {MAX_LINE_BYTES >> 20} MiB; cut the document.")
+    if not line.strip():
+        raise DataError(f"{where}: line is empty; each line must be one JSON object.")

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from lifelong_moe.data.formats.bad_lines import BadLines
 from lifelong_moe.data.formats.compression import COMPRESSED, unpack
 from lifelong_moe.data.formats.limits import Portion, Quota
 from lifelong_moe.errors import DataError
@@ -37,6 +38,8 @@ class OpenFile:
     """Permissions of copies of its text: as private as the file."""
     notes: list[str] = field(default_factory=list)
     """What its reader found out that people should know."""
+    bad_lines: BadLines | None = None
+    """Takes lines that hold no document; None: the first of them is an error."""
 
 
 @contextlib.contextmanager

@@ -5,6 +5,7 @@ import json
 import os
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from lifelong_moe.data.formats import limits
+from lifelong_moe.data.formats.bad_lines import BadLines
+from lifelong_moe.data.text import jsonl
 from lifelong_moe.data.text.documents import Document
 from lifelong_moe.data.text.jsonl import read_jsonl
 from lifelong_moe.data.text.streams import open_file
@@ -171,3 +174,16 @@ def test_whatever_the_bytes_only_a_data_error_escapes(tmp_path: Path, parts: lis
             assert "\n" not in str(error)
         else:
             assert all(text == "a" for text in texts)
+
+
+def test_reading_goes_on_after_a_bad_line_however_long(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(jsonl, "MAX_LINE_BYTES", 64)
+    path = tmp_path / "a.jsonl"
+    rows = ['{"text": "first"}', '{"text": "' + "x" * 500 + '"}', "", '{"text": "second"}', "{"]
+    path.write_text("\n".join(rows) + "\n\n")
+    bad = BadLines(3)
+    with open_file(path) as file:
+        found = list(read_jsonl(replace(file, bad_lines=bad), "text", "source"))
+    assert [(one.text, one.origin) for one in found] == [("first", f"{path}:1"), ("second", f"{path}:4")]
+    assert [(one.line, one.text[:12]) for one in bad.found] == [(2, '{"text": "xx'), (3, ""), (5, "{")]
+    assert bad.found[0].reason == "line is longer than 0 MiB; cut the document."
