@@ -121,7 +121,8 @@ def terminal(console: Console, comparison: Mapping[str, Any]) -> None:
         for i in shown:
             table.add_column(grid.header[i], justify="right" if i else "left")
         for row in grid.rows:
-            table.add_row(*(row[i] for i in shown))
+            # A cell is folded at its spaces, and a number stays beside its unit.
+            table.add_row(*(row[i].replace(" %)", "%)") for i in shown))
         show(console, table)
     console.print(EXPLANATION)
     for line in absent(comparison):

@@ -72,6 +72,7 @@ def test_one_parent_with_the_arms_under_it(lab: Path, template: Path, setup: Cal
     # One line, however narrow the terminal, so that it can be copied.
     (address,) = (line for line in printed.splitlines() if line.startswith("MLflow: http://127.0.0.1:5000/#/"))
     assert len(address) > 80 and address.endswith("orderByAsc=true  (start it with: lifelong-moe ui)")
+    assert "%)" in printed and " %)" not in printed.split("\nResults\n")[1].split("\nCost\n")[0]
     assert "oracle gap (bits/byte)" not in printed  # of no arm here, and a column of dashes would fold the others
     client = MlflowClient(f"sqlite:///{(lab / 'mlruns/mlflow.db').absolute()}")
     experiment = client.get_experiment_by_name("lifelong-moe")
