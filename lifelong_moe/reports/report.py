@@ -178,6 +178,12 @@ class Report:
         column = {name: j for j, name in enumerate(self.distributions)}
         return {name: self.bits_per_byte[i][column[name]] for name, i in self.learned_last().items() if i > 0}
 
+    def changed_by_training(self) -> dict[str, float]:
+        """Change of the loss in bits per byte by the stage that last learned it, of those of :meth:`learned`."""
+        column = {name: j for j, name in enumerate(self.distributions)}
+        last, losses = self.learned_last(), self.bits_per_byte
+        return {name: value - losses[last[name] - 1][column[name]] for name, value in self.learned().items()}
+
     def leaks(self) -> dict[str, float]:
         """Router leak of each distribution after which the model grew; any other has 0 by definition."""
         experts = [stage.experts_per_layer for stage in self.stages]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from statistics import fmean
 from typing import Any
 
@@ -64,6 +64,8 @@ class Outcome:
     """Mean over seeds."""
     leaks: Mapping[str, float]
     """Router leak of each distribution that can have one, mean over seeds."""
+    by_training: Mapping[str, BySeed] = field(default_factory=dict)
+    """Of what was learned from the second stage on, the change of its loss by that stage."""
 
 
 def outcome_of_report(report: Report) -> Outcome:
@@ -80,6 +82,7 @@ def outcome_of_report(report: Report) -> Outcome:
         final=by_seed(final),
         flops=sum(stage.active_flops for stage in report.stages),
         leaks=report.leaks(),
+        by_training=by_seed(report.changed_by_training()),
     )
 
 
@@ -88,10 +91,12 @@ def outcome_of_arm(arm: Mapping[str, Any]) -> Outcome | None:
     runs = {run["seed"]: run for run in arm["runs"] if run["status"] == "committed"}
     if not runs:
         return None
-    after = arm["learned_after"]
     leaks = _by_distribution({seed: run["leak"] for seed, run in runs.items()})
     curves = {seed: run["curves"] for seed, run in runs.items()}
-    learned = {seed: {n: of[n][i] for n, i in after.items() if i > 0 and n in of} for seed, of in curves.items()}
+    # Of the first stage's text alone: nothing was there before.
+    later = {name: i for name, i in arm["learned_after"].items() if i > 0}
+    learned = {seed: {n: of[n][i] for n, i in later.items() if n in of} for seed, of in curves.items()}
+    changed = {seed: {n: of[n][i] - of[n][i - 1] for n, i in later.items() if n in of} for seed, of in curves.items()}
     return Outcome(
         name=arm["name"],
         forgetting=_by_distribution({seed: run["forgetting_bits_per_byte"] for seed, run in runs.items()}),
@@ -99,6 +104,7 @@ def outcome_of_arm(arm: Mapping[str, Any]) -> Outcome | None:
         final=_by_distribution({seed: run["final_bits_per_byte"] for seed, run in runs.items()}),
         flops=fmean(run["numbers"]["active_flops"] for run in runs.values()),
         leaks={name: fmean(values.values()) for name, values in leaks.items()},
+        by_training=_by_distribution(changed),
     )
 
 
@@ -119,7 +125,7 @@ def comparison_verdict(comparison: Mapping[str, Any]) -> dict[str, list[str]]:
 
 
 def verdict(one: Outcome, reference: Outcome | None = None) -> list[str]:
-    """A sentence on what was kept, learned and paid, and one on a router leak that is worth a word.
+    """A sentence on what was kept, learned and paid, and ones on training that did harm and on a leak worth a word.
 
     Args:
         one: What is judged.
@@ -133,7 +139,7 @@ def verdict(one: Outcome, reference: Outcome | None = None) -> list[str]:
     said = "; ".join(filter(None, parts))
     if "bits per byte" not in said:  # where nothing was kept or lost
         said = FIRST_AMOUNT.sub(r"\1 bits per byte \2", said, count=1)
-    return [f"{one.name} {said}.", *_leak(one)]
+    return [f"{one.name} {said}.", *_made_worse(one), *_leak(one)]
 
 
 def _by_distribution(runs: Mapping[int, Mapping[str, float]]) -> dict[str, BySeed]:
@@ -235,6 +241,19 @@ def _cost(ours: float, theirs: float) -> str:
     if abs(percent) < 0.5:
         return "as many FLOPs"
     return f"{abs(percent):.0f} % {'more' if percent > 0 else 'fewer'} FLOPs"
+
+
+def _made_worse(one: Outcome) -> list[str]:
+    """Text that its own stage has made worse: few documents read many times, or too high a rate."""
+    worse = {name: _mean(found) for name, found in one.by_training.items() if is_clear([*found.values()])}
+    worse = {name: rise for name, rise in worse.items() if rise > 0}
+    if not worse:
+        return []
+    rises = listed(f"{name} {_with_unit(f'{rise:.2f}', i)}" for i, (name, rise) in enumerate(worse.items()))
+    return [
+        f"Training on it has made held-out text worse than it was before, {rises}: give such a stage more text, fewer "
+        f"tokens (plan shows the epochs) or a lower optim.lr."
+    ]
 
 
 def _leak(one: Outcome) -> list[str]:

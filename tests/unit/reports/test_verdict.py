@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -59,6 +60,18 @@ NAIVE = outcome("naive", {"docs": [0.71]}, {"headers": [2.0]})
 )
 def test_one_seed_against_a_reference(one: Outcome, said: str) -> None:
     assert verdict(one, NAIVE) == [said]
+
+
+def test_training_that_makes_its_own_text_worse_is_said() -> None:
+    one = replace(outcome("a", {"docs": [0.0]}, {"words": [3.95], "sea": [2.0]}), by_training={
+        "words": {0: 0.03}, "sea": {0: -1.0}, "sand": {0: 0.004},
+    })  # fmt: skip
+    assert verdict(one)[1:] == [
+        "Training on it has made held-out text worse than it was before, words 0.03 bits per byte: give such a stage "
+        "more text, fewer tokens (plan shows the epochs) or a lower optim.lr."
+    ]
+    # With seeds of both signs nothing is clear.
+    assert len(verdict(replace(one, by_training={"words": {0: 0.05, 1: -0.02}}))) == 1
 
 
 def test_what_the_other_kept_or_never_had() -> None:
@@ -143,6 +156,16 @@ def test_a_run_without_flops_has_no_cost_to_compare() -> None:
 
 def read(stages: list[str | list[str]], rows: list[list[float]], name: str, method: str) -> Report:
     return Report.from_json(whole_report(stages, rows, method=method) | {"run": name})
+
+
+def test_reports_and_comparisons_say_what_training_made_worse() -> None:
+    worse = read(["english", "python"], [[2.0, 3.0, 7.0], [2.0, 3.4, 6.5]], "worse", "lifelong")
+    (change,) = worse.changed_by_training().values()
+    assert change == pytest.approx(worse.bits_per_byte[1][1] - worse.bits_per_byte[0][1]) and change > 0
+    assert f"worse than it was before, python {change:.2f} bits per byte" in report_verdict([worse])[1]
+    rows = plain_report([[2.0, 3.0, 9.0], [2.0, 3.4, 9.0], [2.0, 3.4, 4.0]])
+    found: dict[str, Any] = build_comparison([arm("held", "lifelong", rows)], reference="held")
+    assert "worse than it was before" in comparison_verdict(found)["held"][1]
 
 
 def test_reports_side_by_side() -> None:
