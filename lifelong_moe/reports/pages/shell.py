@@ -35,7 +35,7 @@ POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 STYLE = (
     "*{box-sizing:border-box}"
     "body{font:16px/1.55 system-ui,sans-serif;margin:0;color:var(--ink);background:var(--paper)}"
-    "main{max-width:72rem;margin:0 auto;padding:1rem 1.25rem 4rem}"
+    "main{max-width:76rem;margin:0 auto;padding:1rem 1.25rem 4rem}"
     "h1{font-size:1.7rem;line-height:1.25;margin:.6rem 0 .2rem}h2{font-size:1.25rem;margin:2.2rem 0 .6rem}"
     "h1,td,th,p,dd,figcaption{overflow-wrap:anywhere}p,li,figcaption{max-width:60rem}"
     "a{color:var(--accent)}:focus-visible{outline:3px solid var(--accent);outline-offset:2px}"
