@@ -196,6 +196,7 @@ REAL_STREAM = {"what": ("", "{}")} | {name: (name, "{:.3f}") for name in ("germa
 TABLES: dict[str, Callable[[], list[str]]] = {
     "real-stream": partial(listed, REAL["stream"], REAL_STREAM),
     "real-arms": partial(kinds.learned_and_kept, "results/smollm2", SMOLLM2),
+    "real-again": partial(kinds.learned_and_kept, "results/smollm2_again", ["naive_gentlest", "low_rank"]),
     "real-same": partial(listed, REAL["same"], REAL_SAME),
     "real-reading": partial(listed, REAL["reading"], REAL_READING),
     "real-german": partial(listed, REAL["german"], REAL_STAGE),

@@ -88,7 +88,7 @@ def keeping(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], l
         write_corpora(root)
         copy_heldout("fruit", into="code")
         report, printed = train(write_run(3))
-        assert "code: 1 documents are near copies of held-out text" in printed
+        assert "code: 1 document is a near copy of held-out text" in printed
         return report, hashes(), root
 
 
@@ -148,7 +148,7 @@ def test_what_is_not_kept_is_measured_no_more(text: Path, keeping: tuple[dict[st
     Path("code.bak").rename("code.jsonl")  # with the near copy of what fruit held out
     planned, printed = told(plan, read_config("tiny.yaml"))
     assert [row["key"] for row in planned["stages"]] == [stage["key"] for stage in report["stages"]]
-    assert "code: 1 documents are near copies of held-out text" in printed
+    assert "code: 1 document is a near copy of held-out text" in printed
     back, _ = train("tiny.yaml")
     assert back["distributions"] == ["code", "sea"] and back["not_measured"] == ["fruit"]
     forget("code", "sea")

@@ -44,6 +44,7 @@ class InboxConfig:
     ``when_continuing`` does by default, needs ``always``."""
 
     def __post_init__(self) -> None:
+        require_bounded(self, "inbox.")
         # path has a default, so hf alone leaves both set; to prefer one silently would hide a mistake.
         if (self.path is None) == (self.hf is None):
             raise ConfigError("inbox needs exactly one of path and hf; the other one null.")

@@ -24,6 +24,8 @@ LARGEST = {
     "resamples": 100_000,
     "permutations": 100_000,
     "documents": 1_000_000,
+    # Each is kept in memory.
+    "max_bad_lines": 1_000_000,
     **dict.fromkeys(("width", "head_width", "expert_width", "dense_width", "rank", "feature_width"), 1_000_000),
     # The largest vocabulary: `lifelong_moe.config.data.MAX_VOCAB_SIZE`.
     "add": 1_000_000,

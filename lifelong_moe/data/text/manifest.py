@@ -41,6 +41,8 @@ VERSION = 1
 FOLDER = "manifests"
 UNREAD = "0" * 64
 """In place of the hash of what was not opened, such as a picture that a glob found."""
+HASHED_BEFORE = 64 << 20
+"""Largest file, in bytes, that is hashed before it is read, if it has just changed."""
 T = TypeVar("T")
 
 
@@ -170,14 +172,17 @@ class Unread:
     """An open file before it is read."""
 
     state: State
-    sha256: Sha256 | None
-    """None unless a change might not show in the state."""
+    sha256: str | None
+    """None unless a change might not show in the state; :data:`UNREAD` if it is not known."""
 
 
 def unread_file(file: BufferedReader) -> Unread:
     """What tells whether a file changes while it is read; the file stays at its beginning."""
     state = state_of(file)
-    return Unread(state, None if _is_settled(state) else _sha256(file))
+    if _is_settled(state):
+        return Unread(state, None)
+    # A large one is read anew at the next start, not twice now: it may be no text, and without end.
+    return Unread(state, _sha256(file) if state[2] <= HASHED_BEFORE else UNREAD)
 
 
 def read_file(file: BufferedReader, before: Unread) -> SeenFile | None:
@@ -187,6 +192,8 @@ def read_file(file: BufferedReader, before: Unread) -> SeenFile | None:
         file: At any position; it is read again, from memory where it is small.
         before: As it was when it was opened.
     """
+    if before.sha256 == UNREAD:
+        return None
     digest = _sha256(file)
     if state_of(file) != before.state or before.sha256 not in (None, digest):
         return None
