@@ -13,8 +13,8 @@ from lifelong_moe.config.load import build_config
 from lifelong_moe.config.references import stored_config
 from lifelong_moe.config.retraining.operation import InboxConfig
 from lifelong_moe.data.text.batches import BatchStore
-from lifelong_moe.data.tokens.prepare import read_texts
 from lifelong_moe.data.tokens.records import DIGITS, HeldoutStore
+from lifelong_moe.data.tokens.texts import read_texts
 from lifelong_moe.errors import ConfigError, LifelongError
 from lifelong_moe.storage.keys import SHORT
 from lifelong_moe.store.head import RunHead
@@ -121,6 +121,7 @@ def _holders(head: RunHead, digest: str) -> tuple[list[Holder], dict[str, Lifelo
             sources[settled.name] = batch_source(str(batches.path(batch, settled.sources)), *split)
     known = remembered(head, None)
     texts = read_texts(sources, [], CACHE, known)
+    texts.remember()
     for name, heldout in texts.heldout.items():
         corpus = texts.corpora.get(name)
         parts = {"heldout": heldout}

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from lifelong_moe.config.load import written_config
 from lifelong_moe.config.retraining.policy import HELDOUT_SOURCES
-from lifelong_moe.data.tokens.prepare import Texts
+from lifelong_moe.data.tokens.texts import Texts
 from lifelong_moe.errors import ConfigError
 from lifelong_moe.retraining.checks import Verdict
 from lifelong_moe.retraining.decision import Action

@@ -12,7 +12,7 @@ from rich.console import Console
 
 from lifelong_moe.config.data import KeepText
 from lifelong_moe.config.routing.own import allow_router
-from lifelong_moe.data.tokens.prepare import Texts
+from lifelong_moe.data.tokens.texts import Texts
 from lifelong_moe.plan.retraining import Retraining
 from lifelong_moe.storage.locks import locked
 from lifelong_moe.store.runs import RunRecord, latest_timestamp, require_head

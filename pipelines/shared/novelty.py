@@ -21,9 +21,9 @@ from lifelong_moe.data.text.batches import BatchStore
 from lifelong_moe.data.text.documents import Document, documents_hash, normalized_hash
 from lifelong_moe.data.text.inbox import Arrived, Inbox, look_at_inbox, read_inbox
 from lifelong_moe.data.text.near_copies import near_copies
-from lifelong_moe.data.tokens import prepare
-from lifelong_moe.data.tokens.prepare import Texts
+from lifelong_moe.data.tokens import texts as documents
 from lifelong_moe.data.tokens.records import Remembered
+from lifelong_moe.data.tokens.texts import Texts
 from lifelong_moe.storage.keys import content_key
 from lifelong_moe.storage.modes import SHARED
 from pipelines.shared.places import CACHE
@@ -56,7 +56,9 @@ class NewDocuments:
 def read_texts(config: RunConfig, known: Remembered | None = None) -> Texts:
     """Read the documents of a run's distributions; near copies of held-out text are left out of the training text."""
     sources = {name: config.distributions[name] for name in config.evaluated}
-    return prepare.read_texts(sources, [stage.data for stage in config.stages], CACHE, known)
+    found = documents.read_texts(sources, [stage.data for stage in config.stages], CACHE, known or Remembered())
+    found.remember()
+    return found
 
 
 def new_documents(inbox: InboxConfig, texts: Texts, settled: Iterable[str], batches: BatchStore) -> NewDocuments:

@@ -14,8 +14,9 @@ from rich.console import Console
 from lifelong_moe.config.load import build_config
 from lifelong_moe.config.run import RunConfig
 from lifelong_moe.config.training import TrainerConfig
-from lifelong_moe.data.tokens.prepare import PreparedData, Texts
+from lifelong_moe.data.tokens.prepare import PreparedData
 from lifelong_moe.data.tokens.records import Remembered
+from lifelong_moe.data.tokens.texts import Texts
 from lifelong_moe.errors import ConfigError
 from lifelong_moe.evaluation.documents import generation_shares
 from lifelong_moe.evaluation.measurements import Load, Measurements

@@ -14,7 +14,7 @@ from rich.console import Console
 from lifelong_moe.data.text.batches import BatchStore
 from lifelong_moe.data.text.documents import Corpus, Document
 from lifelong_moe.data.text.sources import read_corpus
-from lifelong_moe.data.tokens import prepare
+from lifelong_moe.data.tokens import texts
 from lifelong_moe.data.tokens.records import HeldoutStore
 from lifelong_moe.errors import ConfigError, TryAgainError
 from lifelong_moe.plan.retraining import load_retraining
@@ -105,7 +105,7 @@ def test_nothing_is_trained_or_judged_without_text_of_a_hub_that_is_down(
             raise TryAgainError("the hub cannot serve it now")
         return read_corpus(name, *given)
 
-    monkeypatch.setattr(prepare, "read_corpus", without_code)
+    monkeypatch.setattr(texts, "read_corpus", without_code)
     write_corpus(Path("inbox/sky.jsonl"), SKY.split(), 5)
     before = head()["versions"], stages()
     with pytest.raises(TryAgainError, match=r"^distributions\.code: the hub"):

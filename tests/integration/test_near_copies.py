@@ -13,7 +13,7 @@ import pytest
 from omegaconf import OmegaConf
 from rich.console import Console
 
-import lifelong_moe.data.tokens.prepare
+import lifelong_moe.data.tokens.texts
 import pipelines.shared.novelty
 from lifelong_moe.config.load import build_config, read_config
 from lifelong_moe.config.run import RunConfig
@@ -134,7 +134,7 @@ def test_a_run_of_an_earlier_version_goes_on(tmp_path: Path, monkeypatch: pytest
     write_config(base_config(stage_defaults={"tokens": 512}))
     write_retraining()
     with monkeypatch.context() as patch:
-        patch.setattr(lifelong_moe.data.tokens.prepare, "without_near_copies", lambda corpora, others: dict(corpora))
+        patch.setattr(lifelong_moe.data.tokens.texts, "without_near_copies", lambda corpora, others: dict(corpora))
         train()
     first = StageStore(Path("mlruns")).get(head()["stages"][0])
     assert first.data == first.split
