@@ -20,11 +20,11 @@ from lifelong_moe.config.run import RunConfig
 from lifelong_moe.data.text.documents import Document
 from lifelong_moe.data.tokens.prepare import PreparedData
 from lifelong_moe.data.tokens.shards import TokenShard, tokenize_documents
-from lifelong_moe.data.tokens.spread import spread_shard
 from lifelong_moe.data.tokens.windows import EvaluationSet, evaluation_windows, first_documents
 from lifelong_moe.evaluation.documents import measure_documents
 from lifelong_moe.evaluation.loss import EVALUATION_SCHEMA, Evaluation, evaluate, per_token_of
 from lifelong_moe.evaluation.readings import Reading, Readings, reader_hashes
+from lifelong_moe.evaluation.spread import spread_shard
 from lifelong_moe.model.transformer import LanguageModel
 from lifelong_moe.plan.architecture import Architecture
 from lifelong_moe.retraining.bounds import DocumentLosses

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lifelong_moe.data.tokens.shards import TokenShard
-from lifelong_moe.data.tokens.spread import spread, spread_shard
+from lifelong_moe.evaluation.spread import spread, spread_shard
 
 MakeShard = Callable[[Sequence[Sequence[int]]], TokenShard]
 
