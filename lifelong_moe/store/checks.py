@@ -32,6 +32,8 @@ def require_own_key(record: StageRecord, spec: Mapping[str, Any]) -> None:
         raise PlainError("a stage is either trained or derived")
     if record.key in record.borrowed.values() or record.parent == record.key:
         raise PlainError("the stage refers to itself")
+    if record.removed is not None and (record.parent is None or record.borrowed):
+        raise PlainError("a stage takes its parent's tensors, or names the holders of its own", ".removed")
     if record.derived is not None:
         found, origin = content_key(record.derived), record.derived.get("from")
         if origin != record.parent:

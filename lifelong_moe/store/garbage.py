@@ -251,6 +251,7 @@ class _Named:
     key: Key
     parent: Key | None
     borrowed: Mapping[str, Key]
+    """Empty where holders follow from the parent, and the parent's parents."""
     seed: int | None = None
 
     @classmethod
@@ -261,6 +262,7 @@ class _Named:
         spec = config.get("spec")
         seed = spec.get("seed") if isinstance(spec, dict) else None
         known = {name: config[name] for name in ("key", "parent", "borrowed") if name in config}
+        known |= {"borrowed": {}} if "removed" in config and "borrowed" not in config else {}
         return from_plain(cls, known | {"seed": seed})
 
 

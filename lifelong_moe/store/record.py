@@ -32,8 +32,11 @@ class StageRecord:
     read_near_copies: bool = False
     """Whether near copies of held-out text were trained on, as stages of earlier versions did."""
     tokenizer: TokenizerIdentity
+    removed: tuple[str, ...] | None = None
+    """Names of the parent's tensors that this model does not have; all others that the stage does not hold itself are
+    the parent's (:meth:`lifelong_moe.store.stages.StageStore.borrowed`). None if it takes none from its parent."""
     borrowed: dict[str, Key] = field(default_factory=dict)
-    """For each tensor that another stage holds, the key of that stage."""
+    """As earlier versions wrote it: for each tensor that another stage holds, the key of that stage."""
     derived: dict[str, Any] | None = None
     """How a stage that was not trained was made, and from what; its key is a hash of this."""
     schema: int | None = None
@@ -48,7 +51,9 @@ class StageRecord:
         """As plain JSON data."""
         data = dataclasses.asdict(self) | {"spec": self.spec.to_json(), "architecture": self.architecture.to_json()}
         # Near copies are a fact about old files, never written; of ``derived`` and ``schema`` a stage has one.
-        left_out = {"read_near_copies", *(name for name in ("derived", "schema") if data[name] is None)}
+        left_out = {"read_near_copies", *(name for name in ("derived", "schema", "removed") if data[name] is None)}
+        # A name a tensor would make each file longer than the one before it.
+        left_out |= {"borrowed"} if self.removed is not None else set()
         return {name: value for name, value in data.items() if name not in left_out}
 
     @classmethod

@@ -1,7 +1,7 @@
 """Committed stages: immutable directories of safetensors and JSON, found by key.
 
-A stage stores only the tensors that it changed. All others, frozen experts above all, it *borrows*: its
-``config.json`` names the stage that holds each of them.
+A stage stores only the tensors that it changed. All others, frozen experts above all, it *borrows* from its parent,
+which may have borrowed them itself: who holds a tensor follows from what each stage of the chain stores.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 
 from lifelong_moe.data.tokens.tokenizer import Tokenizer
 from lifelong_moe.errors import CorruptError
@@ -74,6 +74,8 @@ class StageStore:
         # Stages are immutable, so a process verifies each of them once.
         self._open: dict[str, CommittedStage] = {}
         self._files: dict[str, VerifiedDirectory] = {}
+        self._held: dict[str, frozenset[str]] = {}
+        self._borrowed: dict[str, Mapping[str, str]] = {}
 
     def find(self, key: str) -> CommittedStage | None:
         """The committed stage with this key, verified; None if there is none.
@@ -116,7 +118,7 @@ class StageStore:
         """Write a stage atomically.
 
         Args:
-            record: Describes the stage, borrowed tensors included.
+            record: Describes the stage, and which of its parent's tensors it does without.
             metrics: Plain JSON data.
             tensors: The stage's own tensors by name.
             tokenizer: Text of ``tokenizer.json``; a first stage keeps it for its whole chain, and a stage that adds
@@ -176,7 +178,7 @@ class StageStore:
         """
         tensors = self._weights(stage.key)
         by_holder: dict[str, list[str]] = {}
-        for name, key in stage.borrowed.items():
+        for name, key in self.borrowed(stage).items():
             by_holder.setdefault(key, []).append(name)
         # Each holder's file is read once, however many tensors it lends.
         for key, names in by_holder.items():
@@ -191,13 +193,51 @@ class StageStore:
         """The tensors that a stage holds itself, or that a checkpoint's files hold for it."""
         stage = self.get(key)
         own = load_weights(self._files[key], WEIGHTS)
-        if REFERENCE not in self._files[key].manifest.files:
+        if (reference := self._reference(stage)) is None:
             return own
-        path, kept = stage.path / REFERENCE, Kept(partial(self.kept_text, stage))
+        sha256, kept = (stage.derived or {}).get("sha256"), Kept(partial(self.kept_text, stage))
+        return read_referred(reference, kept.text(CHECKPOINT_CONFIG), sha256, str(stage.path / REFERENCE)) | own
+
+    def _reference(self, stage: CommittedStage) -> Reference | None:
+        if REFERENCE not in self._files[stage.key].manifest.files:
+            return None
+        path = stage.path / REFERENCE
         with naming(path):
-            reference = from_plain(Reference, parse_json(self._files[key].read(REFERENCE), path))
-        sha256 = (stage.derived or {}).get("sha256")
-        return read_referred(reference, kept.text(CHECKPOINT_CONFIG), sha256, str(path)) | own
+            return from_plain(Reference, parse_json(self._files[stage.key].read(REFERENCE), path))
+
+    def borrowed(self, stage: CommittedStage) -> Mapping[str, str]:
+        """The tensors of a stage's model that other stages hold, each with the key of its holder.
+
+        Holders are ancestors, so that no record can name a stage of somebody else's.
+
+        Raises:
+            CorruptError: If an ancestor is missing or damaged, or a record of an earlier version names another holder.
+        """
+        if stage.key in self._borrowed:
+            return self._borrowed[stage.key]
+        chain, ancestors = self.chain(stage.key), set[str]()
+        # Once along the chain: each stage's file is asked for its names, however many stages build on it.
+        for parent, one in zip([None, *chain], chain, strict=False):
+            if one.key not in self._borrowed:
+                found: Mapping[str, str] = one.borrowed
+                if parent is not None and one.removed is not None:
+                    gone = self._names(one.key).union(one.removed)
+                    known = {**self._borrowed[parent.key], **dict.fromkeys(self._names(parent.key), parent.key)}
+                    found = {name: key for name, key in known.items() if name not in gone}
+                for name, key in found.items():
+                    if key not in ancestors:
+                        raise CorruptError(f"{one.path / CONFIG}: the holder of {name} is no ancestor of the stage.")
+                self._borrowed[one.key] = found
+            ancestors.add(one.key)
+        return self._borrowed[stage.key]
+
+    def _names(self, key: str) -> frozenset[str]:
+        """Names of the tensors that a stage holds itself, from the beginning of its file."""
+        if key not in self._held:
+            reference = self._reference(self.get(key))
+            names = names_of(self._files[key], WEIGHTS)
+            self._held[key] = names if reference is None else names.union(reference.tensors)
+        return self._held[key]
 
     def chain(self, key: str) -> list[CommittedStage]:
         """The stage's ancestors and the stage itself, oldest first.
@@ -272,7 +312,7 @@ class StageStore:
 
     def holder(self, stage: CommittedStage, tensor: str) -> str:
         """Key of the stage that stores a tensor of ``stage``'s model."""
-        return stage.borrowed.get(tensor, stage.key)
+        return self.borrowed(stage).get(tensor, stage.key)
 
 
 def load_weights(directory: VerifiedDirectory, name: str) -> dict[str, Tensor]:
@@ -289,6 +329,20 @@ def load_weights(directory: VerifiedDirectory, name: str) -> dict[str, Tensor]:
         except SafetensorError as error:
             raise CorruptError(f"{directory.path / name}: not a safetensors file ({error}).") from None
     return tensors
+
+
+def names_of(directory: VerifiedDirectory, name: str) -> frozenset[str]:
+    """Names of the tensors in a safetensors file; reads its header alone, without torch.
+
+    Raises:
+        CorruptError: If it is something else.
+    """
+    with directory.opened(name) as path:
+        try:
+            with safe_open(path, framework="np") as file:
+                return frozenset(file.keys())
+        except SafetensorError as error:
+            raise CorruptError(f"{directory.path / name}: not a safetensors file ({error}).") from None
 
 
 def _read(files: VerifiedDirectory) -> CommittedStage:

@@ -7,7 +7,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -18,6 +18,8 @@ from lifelong_moe.plan.spec import StageSpec
 from lifelong_moe.store.lineage import expert_names, grouped_names
 from lifelong_moe.store.stages import CommittedStage
 
+Holders = Callable[[CommittedStage], Mapping[str, str]]
+"""Key of the holder of each tensor that a stage borrows: :meth:`lifelong_moe.store.stages.StageStore.borrowed`."""
 EXPERT_NAME = re.compile(r"(?P<stage>.+)/L(?P<layer>\d+)/E(?P<expert>\d+)")
 
 
@@ -74,11 +76,12 @@ class Reader:
     """Names of the experts that it trained, abbreviated."""
 
 
-def trace_expert(chain: Sequence[CommittedStage], name: str) -> ExpertTrace:
+def trace_expert(chain: Sequence[CommittedStage], holders: Holders, name: str) -> ExpertTrace:
     """Trace an expert back to its training text.
 
     Args:
         chain: The model's stages, oldest first, derived ones included.
+        holders: Of the store.
         name: ``STAGE/L<layer>/E<index>``, numbered as in the last stage.
 
     Raises:
@@ -90,7 +93,7 @@ def trace_expert(chain: Sequence[CommittedStage], name: str) -> ExpertTrace:
     stages: list[Custody] = []
     # Backwards, because the name counts layers as the last stage does and a smaller model renumbers them on the way.
     for stage in reversed(chain[birth:]):
-        stages.insert(0, _custody(stage, layer, stage_name, place))
+        stages.insert(0, _custody(stage, holders(stage), stage_name, (layer, place)))
         layer = _layer_before(stage, layer)
     born = chain[birth]
     began = "imported" if born.is_imported else born.spec.grow.init.value if born.spec.grow else "random"
@@ -119,22 +122,23 @@ def _layer_before(stage: CommittedStage, layer: int) -> int:
     return layer if kept is None or stage.derived else kept[layer]
 
 
-def _custody(stage: CommittedStage, layer: int, birth: str, place: int) -> Custody:
+def _custody(stage: CommittedStage, borrowed: Mapping[str, str], birth: str, at: tuple[int, int]) -> Custody:
+    layer, place = at
     index = stage.architecture.expert_births(layer).index(birth) + place
     name = _tensor_of(stage.architecture, layer, index, birth)
     # A trained stage stores exactly the tensors that it changed; a derived one stores some without training them.
-    how = _tensors(stage, name)
+    how = _tensors(stage, name in borrowed)
     return Custody(
         stage=stage.name,
         key=stage.key,
         tensors=how,
-        held_by=stage.borrowed.get(name, stage.key),
+        held_by=borrowed.get(name, stage.key),
         data=stage.data if how == "trained" else {},
     )
 
 
-def _tensors(stage: CommittedStage, name: str) -> Literal["trained", "borrowed", "moved", "imported"]:
-    if name in stage.borrowed:
+def _tensors(stage: CommittedStage, is_borrowed: bool) -> Literal["trained", "borrowed", "moved", "imported"]:
+    if is_borrowed:
         return "borrowed"
     return "imported" if stage.is_imported else "moved" if stage.derived else "trained"
 
@@ -145,8 +149,13 @@ def _tensor_of(architecture: Architecture, layer: int, expert: int, birth: str) 
     return expert_tensor(layer, expert, "down_a" if is_low_rank else "down")
 
 
-def trained_experts(stage: CommittedStage) -> str:
-    """Names of the experts that a stage trained, abbreviated; ``none`` for a derived stage."""
+def trained_experts(stage: CommittedStage, borrowed: Collection[str]) -> str:
+    """Names of the experts that a stage trained, abbreviated; ``none`` for a derived stage.
+
+    Args:
+        stage: The stage.
+        borrowed: Names of the tensors that others hold.
+    """
     if stage.derived:
         return "none"
     architecture = stage.architecture
@@ -157,8 +166,7 @@ def trained_experts(stage: CommittedStage) -> str:
                 layer: [
                     expert
                     for expert, birth in enumerate(births[layer])
-                    if birth == generation.stage
-                    and _tensor_of(architecture, layer, expert, birth) not in stage.borrowed
+                    if birth == generation.stage and _tensor_of(architecture, layer, expert, birth) not in borrowed
                 ]
                 for layer in births
             }
@@ -167,11 +175,14 @@ def trained_experts(stage: CommittedStage) -> str:
     )
 
 
-def readers(stages: Sequence[CommittedStage], splits: Collection[str], left_out: Collection[str] = ()) -> list[Reader]:
+def readers(
+    stages: Sequence[CommittedStage], holders: Holders, splits: Collection[str], left_out: Collection[str] = ()
+) -> list[Reader]:
     """Find the stages that read any of these sets of training documents, and the experts that learned from them.
 
     Args:
         stages: In any order.
+        holders: Of the store.
         splits: Split hashes of the sets, as stages record them.
         left_out: Split hashes of sets where the document is a near copy of held-out text, which only stages of
             earlier versions read.
@@ -183,7 +194,7 @@ def readers(stages: Sequence[CommittedStage], splits: Collection[str], left_out:
             distribution=distribution,
             role=_role(stage.spec, distribution),
             epochs=stage.metrics.get("epochs"),
-            experts=trained_experts(stage),
+            experts=trained_experts(stage, holders(stage)),
         )
         for stage in stages
         if not stage.derived

@@ -22,15 +22,15 @@ def commit_stage(run: StageRun, model: LanguageModel, metrics: StageMetrics) -> 
     """
     state, name, store, parent = model.state_dict(), run.spec.name, run.environment.store, run.parent
     trained = model.stored_names(trained=True)
-    borrowed: dict[str, str] = {}
+    borrowed, removed = set[str](), None
     if parent is not None:
         old = store.tensors(parent)
         # A tensor that the stage trains is its own even if its bits are the same: how often that happens is chance, and
         # what a stage holds should follow from its configuration.
-        same = (n for n in old if n in state and n not in trained and torch.equal(old[n], state[n].cpu()))
-        borrowed = {n: store.holder(parent, n) for n in same}
+        borrowed = {n for n in old if n in state and n not in trained and torch.equal(old[n], state[n].cpu())}
+        removed = tuple(sorted(old.keys() - state.keys()))
         # The invariant of the whole project: a frozen weight is never written again.
-        if changed := sorted(model.stored_names(trained=False) & set(old) - set(borrowed)):
+        if changed := sorted(model.stored_names(trained=False) & set(old) - borrowed):
             raise RuntimeError(f"stage {name}: frozen tensor {changed[0]} changed in training")
     own = {n: tensor for n, tensor in state.items() if n not in borrowed}
     # A non-finite weight would poison every later stage, and nothing could roll back past a commit.
@@ -40,10 +40,10 @@ def commit_stage(run: StageRun, model: LanguageModel, metrics: StageMetrics) -> 
     # Stored once, with the stage that made it; its descendants find it along the chain.
     made = run.data.tokenizer if parent is None else run.data.added.get(run.planned.index)
     text = made.text if made is not None else None
-    return store.commit(_record(run, model, borrowed), metrics.to_json(), own, text)
+    return store.commit(_record(run, model, removed), metrics.to_json(), own, text)
 
 
-def _record(run: StageRun, model: LanguageModel, borrowed: dict[str, str]) -> StageRecord:
+def _record(run: StageRun, model: LanguageModel, removed: tuple[str, ...] | None) -> StageRecord:
     """The stage's specification, model and data."""
     spec, corpora = run.spec, run.corpora
     return StageRecord(
@@ -56,5 +56,5 @@ def _record(run: StageRun, model: LanguageModel, borrowed: dict[str, str]) -> St
         data={name: corpora[name].train_hash for name in spec.uses},
         split={name: corpora[name].split_hash for name in spec.uses},
         tokenizer=run.data.identity.at(run.planned.index).tokenizer,
-        borrowed=borrowed,
+        removed=removed,
     )

@@ -68,8 +68,7 @@ def commit_derived(
         expected = set(LanguageModel(architecture).state_dict())
     assert set(left) == expected, sorted(set(left) ^ expected)
     # A stage borrows by name, so experts that move up by the removed ones' number are stored again.
-    same = [n for n in left if n in tensors and torch.equal(left[n], tensors[n])]
-    borrowed = {n: store.holder(source, n) for n in same}
+    borrowed = {n for n in left if n in tensors and torch.equal(left[n], tensors[n])}
     record = StageRecord(
         key=key,
         name=name,
@@ -79,7 +78,7 @@ def commit_derived(
         data={},
         split={},
         tokenizer=source.tokenizer,
-        borrowed=borrowed,
+        removed=tuple(sorted(tensors.keys() - left.keys())),
         derived=dict(identity),
     )
     return store.commit(record, {}, {n: t for n, t in left.items() if n not in borrowed})

@@ -81,11 +81,12 @@ def test_it_is_planned_stored_and_grown_from() -> None:
     report, _ = train()
     assert [stage["experts_per_layer"] for stage in report["stages"]] == [2, 4, 4, 6]
     assert [stage["parameters_trainable"] for stage in report["stages"]] == [p.trainable for p in plan]
-    stage = StageStore(Path("mlruns")).get(plan[2].key)
+    store = StageStore(Path("mlruns"))
+    stage = store.get(plan[2].key)
     architecture = stage.architecture
     assert (architecture.continued, architecture.frozen) == (0, 2)
     assert Architecture.from_json(plan[3].architecture.to_json()).continued is None
-    assert sorted(stage.borrowed)[0] == "blocks.0.attention.key.deltas.1.down"
+    assert sorted(store.borrowed(stage))[0] == "blocks.0.attention.key.deltas.1.down"
 
 
 def test_the_label_of_continued_text_is_the_old_one() -> None:

@@ -195,6 +195,15 @@ def test_a_stage_that_is_none_stops_the_search(store: Store, config: Any) -> Non
         store.found()
 
 
+def test_holders_that_follow_from_parents_are_kept_with_them(store: Store) -> None:
+    """No record names them."""
+    for name, parent in ("a ", "ba", "cb", "d ", "ed"):
+        content = {"key": KEYS[name], "parent": KEYS.get(parent), "removed": []}
+        store.write(f"stages/{name}-{KEYS[name][:16]}/config.json", content, 9 * DAY)
+    store.head("c")
+    assert store.names() == "ed"
+
+
 def test_stages_that_need_each_other_stop_the_search(store: Store) -> None:
     store.stage("a", 9 * DAY, parent="b")
     store.stage("b", 9 * DAY, parent="a")

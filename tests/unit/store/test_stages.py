@@ -13,7 +13,10 @@ from lifelong_moe.data.tokens.identity import TokenizerIdentity
 from lifelong_moe.data.tokens.tokenizer import train_tokenizer
 from lifelong_moe.errors import CorruptError
 from lifelong_moe.storage.directories import write_directory
-from lifelong_moe.storage.verified import verify_directory
+from lifelong_moe.storage.plain import PlainError
+from lifelong_moe.storage.verified import VerifiedDirectory, verify_directory
+from lifelong_moe.store.checks import require_own_key
+from lifelong_moe.store.record import StageRecord
 from lifelong_moe.store.stages import StageStore, load_weights
 from tests.records import METRICS, made_record
 
@@ -60,6 +63,70 @@ def test_the_oldest_ancestor_keeps_the_tokenizer_and_whoever_holds_a_tensor_has_
     third = store.commit(made_record("33" * 32, "c", parent=second, borrowed={"gone": first}), METRICS, {})
     with pytest.raises(CorruptError, match="tensor gone is borrowed but missing"):
         store.tensors(third)
+
+
+def chain_of(store: StageStore, stages: int) -> list[str]:
+    """Keys of stages each of which changes one tensor, ``w``, and adds one of its own; the fourth has no ``w0``."""
+    keys = [f"{place:02x}" * 32 for place in range(1, stages + 1)]
+    for place, key in enumerate(keys):
+        removed = None if not place else ("w0",) if place == 3 else ()
+        record = made_record(key, f"s{place}", parent=keys[place - 1] if place else None, removed=removed)
+        store.commit(record, METRICS, {"w": torch.full((1,), place), f"w{place}": torch.full((1,), place)})
+    return keys
+
+
+def test_who_holds_a_tensor_follows_from_what_the_chain_stores(store: StageStore) -> None:
+    keys, again = chain_of(store, 5), StageStore(store.root.parent)
+    stage = again.get(keys[4])
+    assert again.borrowed(stage) == {"w1": keys[1], "w2": keys[2], "w3": keys[3]}
+    assert again.borrowed(again.get(keys[2])) == {"w0": keys[0], "w1": keys[1]}
+    assert {name: tensor.item() for name, tensor in again.tensors(stage).items()} == {
+        "w": 4, "w1": 1, "w2": 2, "w3": 3, "w4": 4,
+    }  # fmt: skip
+    assert {one.key for one in again.needs(keys[4])} == {*keys}
+    # A later stage with the map of an earlier version, and one without on top of it.
+    old = made_record("aa" * 32, "old", parent=keys[2], borrowed={"w0": keys[0], "w1": keys[1], "w2": keys[2]})
+    again.commit(old, METRICS, {"w": torch.ones(1)})
+    new = again.commit(made_record("bb" * 32, "new", parent=old.key, removed=()), METRICS, {"w2": torch.ones(1)})
+    assert again.borrowed(new) == {"w0": keys[0], "w1": keys[1], "w": old.key}
+
+
+def test_a_record_is_as_short_after_fifty_stages_and_is_read_once(
+    store: StageStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    keys, again, read = chain_of(store, 50), StageStore(store.root.parent), list[str]()
+    sizes = [(again.get(key).path / "config.json").stat().st_size for key in (keys[4], keys[49])]
+    assert sizes[1] - sizes[0] < 20  # of names with one more digit
+    opened = VerifiedDirectory.read
+    monkeypatch.setattr(VerifiedDirectory, "read", lambda self, name: (read.append(name), opened(self, name))[1])
+    again = StageStore(store.root.parent)
+    for _ in range(2):
+        assert len(again.borrowed(again.get(keys[49]))) == 48 and len(again.tensors(again.get(keys[49]))) == 50
+    assert read.count("config.json") == 50
+
+
+def test_no_record_names_a_holder_that_is_no_ancestor(store: StageStore) -> None:
+    keys = chain_of(store, 2)
+    other = store.commit(made_record("aa" * 32, "other"), METRICS, {"w9": torch.zeros(1)})
+    forged = made_record("bb" * 32, "forged", parent=keys[1], borrowed={"w9": other.key})
+    stage = store.commit(forged, METRICS, {"w": torch.ones(1)})
+    for ask in (store.borrowed, store.tensors):
+        with pytest.raises(CorruptError, match=r"forged-b+/config\.json: the holder of w9 is no ancestor"):
+            ask(stage)
+    # Stages of earlier versions are taken at their word, and may say that they descend from each other.
+    for key, parent in (("cc", "dd"), ("dd", "cc")):
+        record = made_record(key * 32, key, parent=parent * 32, removed=())
+        store.commit(record, METRICS, {key: torch.ones(1)})
+    with pytest.raises(CorruptError, match="is its own ancestor"):
+        store.borrowed(store.get("cc" * 32))
+    alone = store.commit(made_record("ee" * 32, "alone", parent="ff" * 32, removed=()), METRICS, {})
+    with pytest.raises(CorruptError, match="stage ffffffffffffffff is referred to"):
+        store.borrowed(alone)
+    for wrong in ({"parent": None}, {"parent": keys[0], "borrowed": {"w": keys[0]}}):
+        record = made_record("99" * 32, "wrong", removed=(), **wrong)
+        written = record.to_json() | {"borrowed": record.borrowed}
+        with pytest.raises(PlainError, match="removed: a stage takes its parent's tensors, or names"):
+            require_own_key(StageRecord.from_json(written), written["spec"])
 
 
 def test_the_tokenizer_is_the_one_of_the_record_and_no_larger_than_the_model(store: StageStore) -> None:
