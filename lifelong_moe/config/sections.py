@@ -57,6 +57,20 @@ def run_keys() -> frozenset[str]:
     return frozenset({*own, *routing, *stage, *source})
 
 
+ELSEWHERE = {
+    "learning_rate": "lr",
+    "batch_size": "batch_tokens",
+    "hidden_size": "width",
+    "num_hidden_layers": "layers",
+    "num_attention_heads": "heads",
+    "num_key_value_heads": "kv_heads",
+    "num_local_experts": "experts",
+    "num_experts_per_tok": "top_k",
+    "max_position_embeddings": "context",
+}
+"""Our word for what the configurations of transformers and Lightning call otherwise."""
+
+
 def suggestion(key: str, more: Collection[str] = (), *, whole: bool = False) -> str:
     """A question that names keys in other sections which end as an unknown one does; empty if there are none.
 
@@ -68,6 +82,7 @@ def suggestion(key: str, more: Collection[str] = (), *, whole: bool = False) -> 
     stage = re.match(r"(stages\[\d+\]|stage_defaults)\.", key)
     where = stage[1] if stage else "stage_defaults"
     parts = key[stage.end() :].split(".") if stage else key.split(".")
+    parts[-1] = ELSEWHERE.get(parts[-1], parts[-1])
     for start in range(1 if whole else len(parts)):
         end = ".".join(parts[start:])
         found = [known for known in (*run_keys(), *more) if f".{known}".endswith(f".{end}")]

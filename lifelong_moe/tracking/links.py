@@ -2,12 +2,61 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
 from urllib.parse import quote
 
+from lifelong_moe.errors import CorruptError
 from lifelong_moe.redaction import is_web, shown_address, without_credentials
+from lifelong_moe.storage.files import write_atomic
+from lifelong_moe.storage.keys import canonical_json
+from lifelong_moe.storage.plain import PlainError, from_plain
+from lifelong_moe.storage.stored import read_stored
 
-LOCAL_UI = "http://127.0.0.1:5000"
-"""Where ``lifelong-moe ui`` serves a local database by default."""
+PORT = 5000
+"""On which ``lifelong-moe ui`` serves a local database by default."""
+SERVED = "ui.json"
+"""File of a store that says on which port it was served last."""
+
+
+@dataclass(frozen=True)
+class _Served:
+    port: int
+
+    def __post_init__(self) -> None:
+        if not 0 < self.port < 1 << 16:
+            raise PlainError("not a port", ".port")
+
+
+def served_port(root: Path) -> int:
+    """The port on which ``lifelong-moe ui`` served a store last; the default one if it never did, or nobody can tell.
+
+    Args:
+        root: The ``mlruns/`` directory.
+    """
+    with suppress(OSError, CorruptError):
+        return read_stored(root / SERVED, partial(from_plain, _Served)).port
+    return PORT
+
+
+def note_port(root: Path, port: int) -> None:
+    """Note the port on which a store is served; one that cannot be written to is served all the same."""
+    if port != served_port(root):
+        with suppress(OSError):
+            write_atomic(root / SERVED, canonical_json(asdict(_Served(port))))
+
+
+def starting(uri: str, port: int) -> str:
+    """What to print beside a link: the command that serves it; empty for a server of the user's, which is up.
+
+    Args:
+        uri: Tracking URI.
+        port: Of a local database.
+    """
+    option = "" if port == PORT else f" --port {port}"
+    return "" if is_web(uri) else f"  (start it with: lifelong-moe ui{option})"
 
 
 def run_page(experiment_id: str, run_id: str) -> str:
@@ -20,7 +69,7 @@ def run_page(experiment_id: str, run_id: str) -> str:
     return f"#/experiments/{quote(experiment_id)}/runs/{quote(run_id)}"
 
 
-def ui_url(uri: str, experiment_id: str, search: str | None = None, order: str | None = None) -> str:
+def ui_url(uri: str, experiment_id: str, search: str | None = None, order: str | None = None, port: int = PORT) -> str:
     """Link to the chart comparison of an experiment.
 
     Args:
@@ -28,11 +77,12 @@ def ui_url(uri: str, experiment_id: str, search: str | None = None, order: str |
         experiment_id: MLflow's experiment id.
         search: Filter in MLflow's syntax; None shows all runs.
         order: Key by which the rows are ordered, such as ``params.arm``, ascending; None is MLflow's order.
+        port: Of a local database.
 
     Returns:
         A link that opens the charts.
     """
-    base = without_credentials(shown_address(uri)).rstrip("/") if is_web(uri) else LOCAL_UI
+    base = without_credentials(shown_address(uri)).rstrip("/") if is_web(uri) else f"http://127.0.0.1:{port}"
     # Without the query MLflow opens a page for language-model traces.
     link = f"{base}/#/experiments/{experiment_id}/runs?workflowType=machine_learning&compareRunsMode=CHART"
     if search:

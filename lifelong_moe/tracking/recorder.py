@@ -46,6 +46,7 @@ class Recorder:
         """Use :meth:`connect` instead."""
         self._experiment, self._uri, self._spool, self.problem = experiment, uri, spool, problem
         self._store: Store | None = None
+        self._port = links.PORT
 
     @classmethod
     def connect(cls, config: TrackingConfig, root: Path) -> Self:
@@ -91,7 +92,7 @@ class Recorder:
             return reason_of(error, self._uri)
         except ImportError as error:  # the database's driver is not installed
             return str(error)
-        self._store = store
+        self._store, self._port = store, links.served_port(root)
         return None
 
     @property
@@ -156,10 +157,15 @@ class Recorder:
             search = None if tag is None else f"tags.{tag[0]}='{tag[1]}'"
             if run_id is not None:
                 search = f"attributes.run_id='{self._store.resolve(run_id)}'"
-            return links.ui_url(self._uri, self._store.experiment_id(self._experiment), search, order)
+            return links.ui_url(self._uri, self._store.experiment_id(self._experiment), search, order, self._port)
         except failures() as error:
             self._fail(error)
             return ""
+
+    @property
+    def starting(self) -> str:
+        """See :func:`lifelong_moe.tracking.links.starting`."""
+        return links.starting(self._uri, self._port)
 
     def run_page(self, run_id: str) -> str:
         """Address of a run's page, for notes of other runs; empty if MLflow is unavailable or has no such run."""

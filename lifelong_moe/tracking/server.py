@@ -23,6 +23,9 @@ SILENT = {
     "MLFLOW_WEBHOOK_ALLOWED_SCHEMES": "none",
     "MLFLOW_ENABLE_AI_GATEWAY": "false",
 }
+# MLflow 3 takes two helpers from a module that Starlette means to remove, which is MLflow's to mend. No other warning
+# begins like this.
+STARLETTE = "ignore:starlette.middleware.wsgi is deprecated:UserWarning"
 """Settings of a server whose database came with a store: it may hold webhooks and endpoints of somebody else."""
 
 
@@ -64,6 +67,8 @@ def serve_command(uri: str | None, root: Path, port: int, host: str = "127.0.0.1
         "MLFLOW_DISABLE_TELEMETRY": "true",
         # Not used by us, and it makes the start 36 s instead of 14 s.
         "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
+        # The last one that fits counts.
+        "PYTHONWARNINGS": ",".join(filter(None, [os.environ.get("PYTHONWARNINGS"), STARLETTE])),
     }
     return argv, environment | (SILENT if own_database(uri, root) is not None else {})
 

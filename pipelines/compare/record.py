@@ -166,7 +166,7 @@ class ComparisonRecord:
         name = self.comparison.settings.compare
         if self.parent and (link := self.tracker.ui_url(tag=(COMPARISON, name), order=ARM)):
             # Folded by us, it could be neither clicked nor copied.
-            console.print(f"MLflow: {link}  (start it with: lifelong-moe ui)", soft_wrap=True)
+            console.print(f"MLflow: {link}{self.tracker.starting}", soft_wrap=True)
             if len(self.comparison.settings.seeds) > 1:
                 means = self.tracker.ui_url(tag=(MEANS, name), order=ARM)
                 console.print(f"Means over seeds: {means}", soft_wrap=True)

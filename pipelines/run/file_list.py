@@ -57,6 +57,7 @@ def _left_out(name: str, files: Sequence[FileOutcome]) -> list[str]:
         Outcome.unknown: "left out",
         Outcome.binary: "left out",
         Outcome.too_long: "left out; cut them into pieces",
+        Outcome.duplicate: "left out; other files have the same text",
     }
     lines = []
     for outcome, remedy in remedies.items():

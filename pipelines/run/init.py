@@ -19,9 +19,11 @@ from lifelong_moe.config.initial.text import HELD_OUT, LEAST_HELD_OUT, MIN_CHARS
 from lifelong_moe.config.load import configure
 from lifelong_moe.config.routing.bounds import MOST_STAGES
 from lifelong_moe.data.formats.outcomes import Outcome, counted, sentence
+from lifelong_moe.data.text.documents import Corpus
 from lifelong_moe.data.text.known import summary_of
 from lifelong_moe.data.text.sources import read_corpus
 from lifelong_moe.data.tokens.prepare import prepare_data
+from lifelong_moe.data.tokens.records import Remembered
 from lifelong_moe.errors import ConfigError, DataError
 from lifelong_moe.storage.files import write_atomic
 from pipelines.shared.places import CACHE
@@ -49,18 +51,24 @@ def init(folders: Sequence[str], target: str, console: Console) -> dict[str, Any
         raise ConfigError(f"--to={target} exists already, and is not replaced. Name another file by --to.")
     paths = _folders(folders)
     run, names = _name(path.stem), _distinct([_name(one.resolve().name) for one in paths])
-    found, told = [], {}
+    found, told, read = [], {}, {}
     for folder, name in zip(paths, names, strict=True):
-        text, numbers = _read(folder, name, console)
-        found.append(text)
-        told[name] = numbers
+        source = _source(folder)
+        corpus = _read(folder, source, name, console)
+        found.append(_summary(corpus, str(source.files)))
+        told[name] = counted(corpus.files)
+        read[name] = source, corpus
     sizes = sizes_for(found)
     written = config_text(run, found, sizes)
     # What is written must run as it stands.
     config = configure(OmegaConf.create(written), [], target).config  # type: ignore[arg-type]
     with console.status("tokenizing the text"):
+        # What is written names the same text, which is not read again.
+        known = Remembered(
+            read={name: corpus for name, (source, corpus) in read.items() if config.distributions[name] == source}
+        )
         # Refuses what `plan` would, such as text that fills no block; what it caches is what `plan` needs next.
-        prepare_data(config.distributions, config.tokenizer, names, config.model.context, CACHE)
+        prepare_data(config.distributions, config.tokenizer, names, config.model.context, CACHE, known)
     write_atomic(path, written)
     console.print(
         f"Wrote {target}: {len(found)} stage(s), {sum(sizes.tokens):,} training tokens, a model of width {sizes.width}."
@@ -107,22 +115,28 @@ def _distinct(names: Sequence[str]) -> list[str]:
     return found
 
 
-def _read(folder: Path, name: str, console: Console) -> tuple[FolderText, dict[str, int]]:
-    """Read a folder as a run will; returns what is known of it, and what became of its files."""
+def _source(folder: Path) -> SourceConfig:
+    """A folder's text as a distribution."""
     pattern = str(Path(glob.escape(str(folder))) / "**" / "*")
-    source = SourceConfig(files=pattern, min_chars=MIN_CHARS, heldout_fraction=HELD_OUT, heldout_sources=LEAST_HELD_OUT)
+    return SourceConfig(files=pattern, min_chars=MIN_CHARS, heldout_fraction=HELD_OUT, heldout_sources=LEAST_HELD_OUT)
+
+
+def _read(folder: Path, source: SourceConfig, name: str, console: Console) -> Corpus:
+    """Read a folder as a run will, and say what became of its files."""
     try:
         with console.status(f"reading {folder}"):
             corpus = read_corpus(name, source, CACHE)
     except DataError as error:
         raise DataError(f"{folder}: {error}") from None
-    files = corpus.files
-    console.print(f"{name}: {sentence(files)}")
-    text = FolderText(
-        name=name,
+    console.print(f"{name}: {sentence(corpus.files)}")
+    return corpus
+
+
+def _summary(corpus: Corpus, pattern: str) -> FolderText:
+    return FolderText(
+        name=corpus.name,
         pattern=pattern,
         train_bytes=summary_of(corpus.train).bytes,
         documents=len(corpus.train),
-        other_encodings=sum(file.outcome == Outcome.other_encoding for file in files),
+        other_encodings=sum(file.outcome == Outcome.other_encoding for file in corpus.files),
     )
-    return text, counted(files)

@@ -268,7 +268,7 @@ class MlflowRecord:
         shown = self.told.run if self.compared is None else None
         if shown and (link := self.tracker.ui_url(shown)):
             # Folded by us, it could be neither clicked nor copied.
-            console.print(f"MLflow: {link}  (start it with: lifelong-moe ui)", soft_wrap=True)
+            console.print(f"MLflow: {link}{self.tracker.starting}", soft_wrap=True)
         elif self.tracker.problem != self._told:
             console.print(self.tracker.problem, style="yellow")
 

@@ -8,7 +8,7 @@ from rich.console import Console
 
 from lifelong_moe.config.tracking import TrackingConfig
 from lifelong_moe.errors import ConfigError, CorruptError, TryAgainError
-from lifelong_moe.tracking.links import ui_url
+from lifelong_moe.tracking.links import note_port, ui_url
 from lifelong_moe.tracking.server import require_free, serve_command, serving, wait_until_up
 from lifelong_moe.tracking.tracker import Tracker
 from lifelong_moe.training.callbacks.interrupt import handling_signals
@@ -44,6 +44,8 @@ def ui(port: int, host: str, browser: bool, experiment: str, console: Console) -
                     raise TryAgainError(f"the MLflow UI does not answer at {base} within {START_SECONDS:g} s.")
                 console.print(f"The MLflow server ended with exit code {server.returncode}; see its messages above.")
                 return server.returncode
+            # Links that later runs print lead here.
+            note_port(ROOT, port)
             console.print(f"MLflow: {url}   (Ctrl-C stops it)", soft_wrap=True)
             if browser:
                 webbrowser.open(url)

@@ -11,6 +11,7 @@ import yaml
 
 from lifelong_moe.config.initial.sizes import LEAST_STEPS, MOST_TOKENS, FolderText, sizes_for
 from lifelong_moe.config.load import read_config
+from lifelong_moe.data.text import sources
 from tests.e2e.conftest import Cli
 from tests.e2e.test_own_text import write_folder
 from tests.tiny import VOCABULARIES
@@ -59,6 +60,15 @@ def test_what_init_writes_runs_as_it_stands(folder: Path, cli: Cli) -> None:
     again = cli("run", "own.yaml", *TINY)
     # Nothing to do: nothing is drawn or written.
     assert again.code == 0 and pictures == {path: path.stat().st_mtime_ns for path in pictures}
+
+
+def test_folders_are_read_once(folder: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[str] = []
+    build = sources.build_corpus
+    monkeypatch.setattr(sources, "build_corpus", lambda name, *more: (read.append(name), build(name, *more))[1])
+    assert cli("init", "Meine Notizen", "src", "--to", "own.yaml").code == 0 and read == ["Meine-Notizen", "src"]
+    planned = cli("plan", "own.yaml", "--json")  # finds all of it known
+    assert planned.code == 0 and read == ["Meine-Notizen", "src"], planned.err
 
 
 def test_mistakes_cost_a_line_and_nothing_is_written(folder: Path, cli: Cli) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
 from pathlib import Path
 
 import pytest
@@ -47,3 +48,7 @@ def test_what_became_of_files_is_counted_and_listed(tmp_path: Path, monkeypatch:
     assert json.loads(result.out)["files"]["fruit"]["used"] == 13
     # Private text, hence a private list.
     assert Path("data/cache/files/tiny.json").stat().st_mode & 0o077 == 0
+    # Of two equal files the first by name counts.
+    shutil.copy("notes/0.md", "notes/zz.md")
+    result = cli("plan", "tiny.yaml")
+    assert "fruit: duplicate: notes/zz.md: left out; other files have the same text" in result.out

@@ -7,6 +7,7 @@ import os
 import shutil
 import signal
 import socket
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -19,6 +20,8 @@ import pytest
 import torch
 from rich.console import Console
 
+from lifelong_moe.tracking.links import served_port
+from lifelong_moe.tracking.server import serve_command
 from pipelines.cli import app, exit_code
 from pipelines.upkeep import ui as story
 from tests.tiny import fork
@@ -97,6 +100,19 @@ raise SystemExit(3)
     assert story.ui(port, "::1", True, "lifelong-moe", Console(file=io.StringIO())) == 3
     (page,) = opened
     assert page.startswith(f"http://[::1]:{port}/#/experiments/")
+    assert served_port(Path("mlruns")) == port  # for the links that runs print
+
+
+def test_one_warning_of_the_server_s_libraries_is_not_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    """MLflow's own import, of which a user of `ui` can do nothing; others are, and what the user set counts before."""
+    code = "import starlette.middleware.wsgi, warnings; warnings.warn('another of starlette', UserWarning)"
+    monkeypatch.setenv("PYTHONWARNINGS", "always::DeprecationWarning")
+    _, environment = serve_command(None, Path("mlruns"), 5000)
+    said = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert "middleware.wsgi is deprecated" not in said.stderr and "another of starlette" in said.stderr
+    assert environment["PYTHONWARNINGS"].startswith("always::DeprecationWarning,ignore:")
+    shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stderr
+    assert "middleware.wsgi is deprecated" in shown, "drop the filter in lifelong_moe/tracking/server.py"
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGKILL])

@@ -189,6 +189,9 @@ def test_a_typo_shows_the_full_path_and_what_was_meant(load: Load, override: str
     ("override", "expected"),
     [
         ("optim.lr=1", "key optim is unknown. Did you mean stage_defaults.optim.lr?"),
+        ("optim.learning_rate=1", "key optim is unknown. Did you mean stage_defaults.optim.lr?"),
+        ("learning_rate=1", "key learning_rate is unknown. Did you mean stage_defaults.optim.lr?"),
+        ("model.hidden_size=8", "model.hidden_size: there is no key 'hidden_size'. Did you mean model.width?"),
         ("optm={lr: 1}", "key optm is unknown. Did you mean stage_defaults.optim.lr?"),
         ("tokens=5", "key tokens is unknown. Did you mean evaluate.tokens or stage_defaults.tokens?"),
         ("top_k=2", "key top_k is unknown. Did you mean routing.top_k?"),

@@ -119,3 +119,5 @@ class Remembered:
     """The newest tokenizer of the stage of this index; None if that is not committed."""
     within: tuple[Path, ...] | None = None
     """See :func:`lifelong_moe.data.text.sources.read_corpus`."""
+    read: Mapping[str, Corpus] = field(default_factory=dict)
+    """What this process has read already of the same distributions, and need not read again."""

@@ -54,7 +54,8 @@ def read_texts(sources: Mapping[str, SourceConfig], trained: list[str], cache: P
     # A user's own files first: a mistake in them is found before the builtin text is extracted.
     for name in sorted(sources, key=lambda name: sources[name].builtin is not None):
         try:
-            splits[name] = read_corpus(name, sources[name], cache, remembered.within)
+            known = remembered.read.get(name)
+            splits[name] = known or read_corpus(name, sources[name], cache, remembered.within)
         except (ConfigError, DataError, TryAgainError) as error:
             told = _of_distribution(name, error)
             if name not in remembered.records or not _is_missing(error):
@@ -63,9 +64,9 @@ def read_texts(sources: Mapping[str, SourceConfig], trained: list[str], cache: P
             gone[name] = told
     kept = {name: found for name in gone if (found := _kept(name, sources[name], remembered)) is not None}
     there = {name: splits[name] for name in sources if name in splits}
-    known: dict[str, Sequence[Document]] = {name: corpus.heldout for name, corpus in there.items()}
-    known |= kept
-    heldout = {name: known[name] for name in sources if name in known}
+    held: dict[str, Sequence[Document]] = {name: corpus.heldout for name, corpus in there.items()}
+    held |= kept
+    heldout = {name: held[name] for name in sources if name in held}
     there, left = _left(there, kept, heldout, {name: splits[name] for name in trained if name in splits}, cache)
     # Near copies of held-out text that is no longer known stay left out.
     if len(heldout) < len(sources):

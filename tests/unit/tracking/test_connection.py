@@ -16,7 +16,7 @@ import pytest
 from lifelong_moe.config.tracking import TrackingConfig
 from lifelong_moe.errors import ConfigError
 from lifelong_moe.tracking.connection import probe, resolve_uri
-from lifelong_moe.tracking.links import ui_url
+from lifelong_moe.tracking.links import note_port, served_port, starting, ui_url
 from lifelong_moe.tracking.server import require_free, serve_command, wait_until_up
 from lifelong_moe.tracking.tracker import Tracker
 
@@ -120,11 +120,29 @@ def test_a_port_that_is_taken_is_refused(listener: socket.socket) -> None:
 def test_links_open_the_charts() -> None:
     query = "#/experiments/7/runs?workflowType=machine_learning&compareRunsMode=CHART"
     assert ui_url("sqlite:////x/mlflow.db", "7") == f"http://127.0.0.1:5000/{query}"
+    assert ui_url("sqlite:////x/mlflow.db", "7", port=5001) == f"http://127.0.0.1:5001/{query}"
     chosen = ui_url("https://user:secret@host/mlflow/", "7", "tags.a='b'", "params.`arm`")
     assert (
         chosen
         == f"https://host/mlflow/{query}&searchFilter=tags.a%3D%27b%27&orderByKey=params.%60arm%60&orderByAsc=true"
     )
+
+
+def test_the_port_on_which_a_store_was_served_is_remembered(tmp_path: Path) -> None:
+    assert served_port(tmp_path) == 5000 and starting("sqlite:///x.db", 5000).endswith("lifelong-moe ui)")
+    note_port(tmp_path, 5000)
+    assert not list(tmp_path.iterdir())
+    note_port(tmp_path, 5001)
+    assert served_port(tmp_path) == 5001 and starting("sqlite:///x.db", 5001).endswith("lifelong-moe ui --port 5001)")
+    # A server of the user's is not started by us.
+    assert starting("https://host", 5001) == ""
+    for damaged in ('{"port": 0}', '{"port": 65536}', '{"port": "1/x"}', "x", '{"port": 1, "host": "evil"}'):
+        (tmp_path / "ui.json").write_text(damaged)
+        assert served_port(tmp_path) == 5000
+    note_port(tmp_path, 5001)
+    assert served_port(tmp_path) == 5001
+    note_port(tmp_path / "gone", 5001)  # not a reason to serve nothing
+    assert served_port(tmp_path / "gone") in (5000, 5001)
 
 
 def test_importing_the_package_does_not_import_mlflow() -> None:
