@@ -31,6 +31,7 @@ WAITING = {
     "equal", "is_nonzero",
 }  # fmt: skip
 INDEXING = {"index", "index_put", "index_put_", "_index_put_impl_", "_unsafe_index"}
+PRODUCTS = {"mm", "bmm", "addmm", "addmm_", "baddbmm", "_grouped_mm", "matmul", "linear"}
 # Of these no kernel is launched.
 VIEWS = {
     "view", "_unsafe_view", "t", "transpose", "permute", "expand", "slice", "select", "split", "split_with_sizes",
@@ -48,6 +49,10 @@ class Log:
     """Times that the host waits for the device, by the operation and the line that asks."""
     launches: int = 0
     """Kernels."""
+    cast: set[int] = field(default_factory=set)
+    """Addresses of the storages from which tensors were brought from one type to another."""
+    products: Counter[torch.dtype] = field(default_factory=Counter)
+    """Matrix products by the type of what they multiply."""
 
     @property
     def num_waits(self) -> int:
@@ -57,6 +62,8 @@ class Log:
     def clear(self) -> None:
         """Begin anew."""
         self.waits.clear()
+        self.cast.clear()
+        self.products.clear()
         self.launches = 0
 
     def wait(self, what: str) -> None:
@@ -197,6 +204,12 @@ def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         LOG.wait("copy to the device")
     if name not in VIEWS:
         LOG.launches += 1
+    if on_device and name in PRODUCTS:
+        LOG.products[on_device[-1].dtype] += 1
+    if on_device and name in ("_to_copy", "copy_"):
+        target = on_device[0].dtype if name == "copy_" else kwargs.get("dtype") or on_device[0].dtype
+        if target != on_device[-1].dtype:
+            LOG.cast.add(on_device[-1].untyped_storage().data_ptr())
     if "device" in kwargs:
         # Beneath Python torch itself takes these tensors for the CPU's; who asks for the CPU asks `Tensor.to`.
         kwargs = {**kwargs, "device": None if asked is None else torch.device("cpu")}

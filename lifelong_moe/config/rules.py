@@ -44,7 +44,7 @@ def _check_execution(run: RunConfig) -> None:
                     f"trainer.experts_implementation=grouped_mm needs model.{key} in multiples of 8, not "
                     f"{getattr(run.model, key)}. Set trainer.experts_implementation=auto."
                 )
-        if run.trainer.compile and run.trainer.precision == "32-true":
+        if run.trainer.compile and run.trainer.precision in ("32-true", "auto"):
             raise ConfigError(
                 "trainer.experts_implementation=grouped_mm compiles in bfloat16 only. Set trainer.compile=false or "
                 "trainer.precision=bf16-mixed."

@@ -85,7 +85,7 @@ class OptimConfig:
         return dataclasses.replace(self, **{key: defaults[key] for key, is_used in used.items() if not is_used})
 
 
-PRECISIONS = ("32-true", "bf16-mixed", "bf16-true")
+PRECISIONS = ("32-true", "auto", "bf16-mixed", "bf16-true")
 CLASS_PATH = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)+")
 # Without Lightning's `xla`, which needs a TPU.
 PROFILERS = ("simple", "advanced", "pytorch")
@@ -124,7 +124,11 @@ class TrainerConfig:
     strategy: str = "auto"
     """``auto``, ``ddp``, and so on; several processes train with ``ddp``, which ``auto`` then chooses."""
     precision: str = "32-true"
-    """Number format: ``32-true``, ``bf16-mixed`` or ``bf16-true``; part of a stage's key."""
+    """Number format. ``32-true``: float32. ``auto``: what is fastest on the device without rounding what trains: on a
+    GPU with bfloat16 trainable parameters, their moments and the residual stream in float32, products in bfloat16,
+    frozen matrices held in bfloat16 while the stage trains, and TF32 for the float32 products that are left; float32
+    elsewhere, with the bits of ``32-true``. ``bf16-mixed``: products in bfloat16 on any device, all weights in float32.
+    ``bf16-true``: everything in bfloat16. The word is part of a stage's key, and the device is not."""
     gradient_clip: float = 1.0
     """Largest norm of the gradient; 0 turns clipping off. Part of a stage's key."""
     accumulate_grad_batches: int = 1

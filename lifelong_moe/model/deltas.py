@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from lifelong_moe.ops.dispatch import inverse_permutation, permute, sort_by_expert
 from lifelong_moe.ops.expert_mlp import Weight
-from lifelong_moe.ops.few_rows import linear
+from lifelong_moe.ops.few_rows import as_rows, linear
 from lifelong_moe.ops.low_rank import product
 
 
@@ -96,7 +96,8 @@ class LowRank(nn.Module):
 
     def apply_to(self, x_NI: Tensor) -> Tensor:
         """``x (up down)^T``, ``(N, O)``, without the change itself."""
-        return F.linear(F.linear(x_NI, self.down), self.up)
+        low_NR = F.linear(x_NI, as_rows(self.down, x_NI))
+        return F.linear(low_NR, as_rows(self.up, low_NR))
 
     def suits(self, num_rows: int) -> bool:
         """Whether :meth:`apply_to` takes fewer multiply-adds for so many rows than making the change."""

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lifelong_moe.config.model import Activation
+from lifelong_moe.ops.few_rows import as_rows
 
 FUNCTIONS: dict[Activation, Callable[[Tensor], Tensor]] = {
     Activation.swiglu: F.silu,
@@ -44,7 +45,7 @@ def feed_forward(
     """
     # Gate and up projections are one matrix: a small expert takes two matrix products rather than three.
     # shape: (N, G)
-    act, pre_NG = FUNCTIONS[activation], F.linear(x_ND, into_GD)
+    act, pre_NG = FUNCTIONS[activation], F.linear(x_ND, as_rows(into_GD, x_ND))
     if activation.is_gated:
         gate_NF, up_NF = pre_NG.chunk(2, dim=-1)
         hidden_NF = act(gate_NF) * up_NF
@@ -52,7 +53,7 @@ def feed_forward(
         hidden_NF = act(pre_NG)
     if dropout:
         hidden_NF = F.dropout(hidden_NF, dropout)
-    return F.linear(hidden_NF, down_DF)
+    return F.linear(hidden_NF, as_rows(down_DF, hidden_NF))
 
 
 class FeedForward(nn.Module):

@@ -45,8 +45,9 @@ class LinearHead(DeltaLinear):
 
     def weight_of(self, generation: int) -> Tensor:
         """The weight that a generation's tokens use, as many rows as its vocabulary has tokens."""
-        added = self.added.until(generation)
-        return torch.cat([super().weight_of(generation), *added]) if added else super().weight_of(generation)
+        known, added = super().weight_of(generation), self.added.until(generation)
+        # In the matrix's type, which `cat` would widen where a frozen one is held in fewer bits.
+        return torch.cat([known, *(rows.to(known.dtype) for rows in added)]) if added else known
 
     def read(self, hidden_BSD: Tensor, routing: Routing) -> Tensor:
         """What the head reads of the final hidden states and the last layer's routing, one row per token."""

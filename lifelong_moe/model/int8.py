@@ -1,7 +1,9 @@
-"""Hold frozen weights in 16 or 8 bits, and make them whole on use.
+"""Hold frozen weights in 16 or 8 bits.
 
-In 16 bits are those that lose nothing by it, as a checkpoint's in bfloat16; in 8 bits, with a scale per row, all. This
-changes a loaded model in memory only: the stored bits are put back before anything is committed.
+Where products are in bfloat16, frozen matrices are rounded to it once, rather than cast in each pass
+(:func:`round_frozen`). Elsewhere they are made whole on use: in 16 bits are those that lose nothing by it, as a
+checkpoint's in bfloat16; in 8 bits, with a scale per row, all (:func:`hold_frozen`). This changes a loaded model in
+memory only: the stored bits are put back before anything is committed (:func:`make_whole`).
 
 Legend: O rows, I columns of a matrix.
 """
@@ -15,11 +17,15 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from lifelong_moe.config.growth import FrozenWeights
-from lifelong_moe.model.deltas import TokenRows
+from lifelong_moe.model.deltas import DeltaLinear, LowRank, TokenRows
 from lifelong_moe.model.experts import ExpertGeneration
+from lifelong_moe.model.feedforward import FeedForward
 
 LEVELS = 127
 HALVES = (torch.bfloat16, torch.float16)
+PRODUCTS = (ExpertGeneration, DeltaLinear, LowRank, FeedForward)
+"""Modules whose matrices multiply rows, and nothing else. Routers decide in float32, and the embedding begins the
+residual stream, which stays float32."""
 
 
 def quantize_rows(weight_OI: Tensor) -> tuple[Tensor, Tensor]:
@@ -124,13 +130,45 @@ def hold_frozen(model: nn.Module, kind: FrozenWeights, teacher: nn.Module | None
     return saved
 
 
-def make_whole(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-    """Undo :func:`hold_frozen`, in place.
+def round_frozen(model: nn.Module, teacher: nn.Module | None = None) -> int:
+    """Round the frozen matrices of products to bfloat16, in place, as autocast to bfloat16 does in each pass.
+
+    They stay plain Parameters. Where autocast is off they are cast to the type of the rows that they multiply.
 
     Args:
-        model: Its other matrices stay as they are.
+        model: Trainable matrices, and those that several of its modules share, stay as they are.
+        teacher: Keeps sharing what it shares with the model; its own matrices are rounded too.
+
+    Returns:
+        Bytes saved.
+    """
+    rounded: dict[Tensor, nn.Parameter] = {}
+    saved = 0
+    for one in (model, teacher):
+        for parameter, places in ({} if one is None else _owners(one)).items():
+            if parameter.requires_grad or len(places) > 1 or not isinstance(places[0][0], PRODUCTS):
+                continue
+            if parameter not in rounded:
+                rounded[parameter] = nn.Parameter(parameter.detach().to(torch.bfloat16), requires_grad=False)
+                saved += parameter.nbytes - rounded[parameter].nbytes
+            module, name = places[0]
+            setattr(module, name, rounded[parameter])
+    return saved
+
+
+def make_whole(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Undo :func:`hold_frozen` or :func:`round_frozen`, in place.
+
+    Args:
+        model: In float32; its other matrices stay as they are.
         tensors: The stored tensors by name; the held matrices become these again, bit for bit.
     """
+    for owner_name, owner in model.named_modules():
+        for name, parameter in [*owner.named_parameters(recurse=False)]:
+            if isinstance(owner, PRODUCTS) and parameter.dtype == torch.bfloat16:
+                stored = _stored(tensors, owner, owner_name, name)
+                whole = stored.to(parameter.device, torch.float32)
+                setattr(owner, name, nn.Parameter(whole, requires_grad=False))
     held = [(prefix, m) for prefix, m in model.named_modules() if isinstance(m, parametrize.ParametrizationList)]
     for prefix, _ in held:
         owner_name, _, name = prefix.rpartition(".parametrizations.")

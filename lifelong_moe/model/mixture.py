@@ -18,6 +18,7 @@ from lifelong_moe.model.block import Block
 from lifelong_moe.model.cache import LayerCache
 from lifelong_moe.model.head import LinearHead
 from lifelong_moe.model.moe import MoELayer
+from lifelong_moe.ops.few_rows import as_rows
 from lifelong_moe.plan.architecture import Architecture
 from lifelong_moe.routing.base import Routing, RoutingContext
 
@@ -73,7 +74,7 @@ class MixtureHead(LinearHead):
         # shape: (..., E, D) and (..., E)
         hidden, log_gates = unpack(hidden, self.in_features)
         # shape: (..., E, V)
-        log_probs = F.linear(hidden, self.weight).float().log_softmax(dim=-1)
+        log_probs = F.linear(hidden, as_rows(self.weight, hidden)).float().log_softmax(dim=-1)
         return torch.logsumexp(log_gates.float().unsqueeze(-1) + log_probs, dim=-2)
 
     def cross_entropy(
@@ -96,7 +97,7 @@ class MixtureHead(LinearHead):
         hidden_TED, log_gates_TE = unpack(packed_TM, self.in_features)
         of_experts = []
         for hidden_TD in hidden_TED.unbind(dim=1):  # one expert's logits at a time
-            logits_TV = F.linear(hidden_TD, self.weight).float()
+            logits_TV = F.linear(hidden_TD, as_rows(self.weight, hidden_TD)).float()
             of_experts.append(-F.cross_entropy(logits_TV, target_T, reduction="none"))
         return -torch.logsumexp(log_gates_TE.float() + torch.stack(of_experts, dim=1), dim=1)
 

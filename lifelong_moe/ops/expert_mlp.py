@@ -272,37 +272,67 @@ def grouped(
     # int32 is the only type that `grouped_mm` takes for offsets.
     rows_ND, ends_E = autocast(rows_ND), counts_E.cumsum(0).to(torch.int32)
     with torch.autocast(rows_ND.device.type, enabled=False):
-        in_EGD, out_EDF = (as_one_tensor(weights).to(rows_ND.dtype) for weights in (ins, outs))
+        in_EGD, out_EDF = (as_one_tensor(weights, rows_ND.dtype) for weights in (ins, outs))
         act, trained = NONLINEARITIES[activation], (*ins[:num_trained], *outs[:num_trained])
         return _Grouped.apply(rows_ND, ends_E, in_EGD, out_EDF, act, *trained)
 
 
 @torch.no_grad()
-def as_one_tensor(generations: Sequence[Tensor]) -> Tensor:
-    """Generations' matrices as one tensor ``(E, ...)``: without a copy where they stand side by side in memory."""
-    first = generations[0]
-    if not are_joined(generations):
+def as_one_tensor(generations: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+    """Generations' matrices as one tensor ``(E, ...)`` of a type; those that stand in one buffer are not copied.
+
+    Where the buffer has this type and some generations have not, which train in float32, these are cast into their
+    places there.
+    """
+    held = [one for one in generations if one.dtype == dtype] or [*generations]
+    if not are_joined(generations, held):
         # Never moved here: whoever shards or gathers parameters would go on with the memory that they had.
-        return torch.cat([*generations])
-    return first.detach().as_strided((sum(len(one) for one in generations), *first.shape[1:]), first.stride())
+        return torch.cat([one.to(dtype) for one in generations])
+    first, before = held[0], _numbers_before(generations, held[0])
+    shape = sum(len(one) for one in generations), *first.shape[1:]
+    whole_E = first.detach().as_strided(shape, first.stride(), first.storage_offset() - before)
+    for place, one in zip(whole_E.split([len(one) for one in generations]), generations, strict=True):
+        if one.dtype != whole_E.dtype:
+            place.copy_(one)
+    return whole_E.to(dtype)
 
 
-def are_joined(generations: Sequence[Tensor]) -> bool:
-    """Whether generations' matrices stand in one buffer, in this order."""
-    first, at = generations[0], generations[0].data_ptr()
-    for one in generations:
+def are_joined(generations: Sequence[Tensor], held: Sequence[Tensor]) -> bool:
+    """Whether those of the generations' matrices that are ``held`` so stand in one buffer, which has room for all."""
+    first = held[0]
+    start = first.data_ptr() - _numbers_before(generations, first) * first.element_size()
+    if len(held) < len(generations):
+        # Places of others must be no other tensor's: the buffer is theirs alone if it is as large as all of them.
+        room = first.untyped_storage()
+        numbers = sum(one.numel() for one in generations)
+        if start != room.data_ptr() or room.nbytes() != numbers * first.element_size():
+            return False
+    for one in held:
+        at = start + _numbers_before(generations, one) * first.element_size()
         # Neighbouring addresses alone prove nothing: two storages may lie side by side.
         if one.data_ptr() != at or one.untyped_storage().data_ptr() != first.untyped_storage().data_ptr():
             return False
-        at += one.numel() * one.element_size()
     return True
+
+
+def _numbers_before(generations: Sequence[Tensor], one: Tensor) -> int:
+    """Numbers in the matrices that precede a generation's."""
+    place = next(i for i, other in enumerate(generations) if other is one)
+    return sum(other.numel() for other in generations[:place])
 
 
 @torch.no_grad()
 def join(generations: Sequence[Tensor]) -> None:
-    """Move generations' matrices into one buffer, in this order; they stay the same Parameters."""
-    if not are_joined(generations):
+    """Move generations' matrices into one buffer, in this order; they stay the same Parameters.
+
+    Of several types, those of the narrowest are moved, and the others have places there for their casts.
+    """
+    dtype = min((one.dtype for one in generations), key=lambda one: one.itemsize)
+    held = [one for one in generations if one.dtype == dtype]
+    if not are_joined(generations, held):
         sizes = [len(weights) for weights in generations]
-        for weights, rows in zip(generations, torch.cat([*generations]).split(sizes), strict=True):
-            # `.data`: optimizer and hooks keep the Parameter that they know.
-            weights.data = rows
+        joint = torch.cat([one.to(dtype) for one in generations])
+        for weights, rows in zip(generations, joint.split(sizes), strict=True):
+            if weights.dtype == dtype:
+                # `.data`: optimizer and hooks keep the Parameter that they know.
+                weights.data = rows

@@ -21,9 +21,17 @@ LARGE = 1 << 18
 
 def linear(x: Tensor, weight_OI: Tensor) -> Tensor:
     """``x W^T`` of ``(…, I)``: ``F.linear``, but for few rows on a CPU where no gradient is asked for."""
+    weight_OI = as_rows(weight_OI, x)
     if torch.is_grad_enabled() or not are_few(x, weight_OI):
         return F.linear(x, weight_OI)
     return matrix_first(x.reshape(-1, x.shape[-1]), weight_OI).reshape(*x.shape[:-1], -1)
+
+
+def as_rows(weight: Tensor, x: Tensor) -> Tensor:
+    """A matrix in the type of the rows that it multiplies, where it may be held in fewer bits."""
+    # Autocast brings both to one type itself; a matrix that has it already must not be made float32 before.
+    is_cast = weight.dtype == x.dtype or torch.is_autocast_enabled(x.device.type)
+    return weight if is_cast else weight.to(x.dtype)
 
 
 def are_few(x: Tensor, weight_OI: Tensor) -> bool:

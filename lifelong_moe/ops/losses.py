@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lifelong_moe.ops.few_rows import as_rows
+
 CHUNK_TOKENS, CHUNK_LOGITS = 1024, 1 << 24
 """Most tokens whose logits are there at once, and most numbers that these are: 64 MB in float32."""
 
@@ -185,7 +187,7 @@ def linear_cross_entropy(hidden_TD: Tensor, head_VD: Tensor, target_T: Tensor, c
 @torch.no_grad()
 def token_nats(hidden_TD: Tensor, head_VD: Tensor, target_T: Tensor, chunk: int | None = None) -> Tensor:
     """Cross-entropy of each token in nats, float32 ``(T,)``; no gradient."""
-    chunk = chunk or chunk_tokens(len(head_VD))
+    chunk, head_VD = chunk or chunk_tokens(len(head_VD)), as_rows(head_VD, hidden_TD)
     parts = [
         F.cross_entropy((h @ head_VD.t()).float(), t, reduction="none")
         for h, t in zip(hidden_TD.split(chunk), target_T.split(chunk), strict=True)

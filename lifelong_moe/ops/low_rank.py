@@ -222,7 +222,7 @@ class _LowRank(torch.autograd.Function):
 
 def product(x_NI: Tensor, weight: Weight) -> Tensor:
     """``x W^T``; a frozen matrix that is made on use is made anew for the backward pass, and not kept until then."""
-    return linear(x_NI, weight.to(x_NI.dtype)) if isinstance(weight, Tensor) else _Made.apply(x_NI, weight)
+    return linear(x_NI, weight) if isinstance(weight, Tensor) else _Made.apply(x_NI, weight)
 
 
 class _Made(torch.autograd.Function):

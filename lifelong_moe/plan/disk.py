@@ -11,7 +11,7 @@ from lifelong_moe.config.training import CheckpointConfig, TrainerConfig
 from lifelong_moe.errors import ResourceError
 from lifelong_moe.plan.spec import StageSpec
 
-BYTES = {"32-true": 4, "bf16-mixed": 4, "bf16-true": 2}
+BYTES = {"32-true": 4, "auto": 4, "bf16-mixed": 4, "bf16-true": 2}
 """Of a trainable parameter, and of each of its two moments."""
 TOKEN_BYTES = 8
 """Of a token that the parent's model wrote; int64."""

@@ -108,7 +108,8 @@ def memory_need(spec: StageSpec, architecture: Architecture, trainer: TrainerCon
     kind = FrozenWeights.full if spec.grow is None else spec.grow.frozen_weights
     frozen = {FrozenWeights.full: size, FrozenWeights.half: 2, FrozenWeights.int8: 1}[kind]
     tokens = spec.optim.batch_tokens // spec.accumulate
-    kept = 4 if spec.precision == "32-true" else 2
+    # What `auto` becomes is the device's: at most what it takes in float32.
+    kept = 4 if spec.precision in ("32-true", "auto") else 2
     return MemoryNeed(
         weights=frozen * (sum(counts.values()) - trainable) + own,
         training=3 * own,

@@ -24,7 +24,7 @@ from lifelong_moe.config.growth import FrozenWeights
 from lifelong_moe.data.tokens.prepare import PreparedData
 from lifelong_moe.data.tokens.shards import ShardDocuments
 from lifelong_moe.growth.clusters import fit_clusters
-from lifelong_moe.model.int8 import hold_frozen, make_whole
+from lifelong_moe.model.int8 import hold_frozen, make_whole, round_frozen
 from lifelong_moe.model.transformer import LanguageModel
 from lifelong_moe.plan.phase import Trains
 from lifelong_moe.plan.planned import PlannedStage
@@ -35,6 +35,7 @@ from lifelong_moe.training.callbacks.checkpoint import newest_checkpoint, set_ea
 from lifelong_moe.training.commit import commit_stage
 from lifelong_moe.training.loop.context import PhaseRun, StageEnvironment, StageModels, StageRun
 from lifelong_moe.training.loop.data import text_sample
+from lifelong_moe.training.loop.device import rounds_products
 from lifelong_moe.training.loop.execution import give_back_memory
 from lifelong_moe.training.loop.measure import PhaseMeasures, StageMetrics, stage_metrics
 from lifelong_moe.training.loop.module import StageModule
@@ -92,13 +93,16 @@ def _restore_and_train(run: StageRun) -> tuple[LanguageModel, StageMetrics]:
     """Prepare the models, train the phases that are left, and measure the stage."""
     models, rollbacks = prepare_models(run), read_rollbacks(run.work)
     kind = FrozenWeights.full if run.spec.grow is None else run.spec.grow.frozen_weights
-    if kind != FrozenWeights.full:
+    rounds = kind == FrozenWeights.full and run.parent is not None and rounds_products(run.environment.trainer)
+    if rounds:
+        round_frozen(models.model, models.teacher)
+    elif kind != FrozenWeights.full:
         hold_frozen(models.model, kind, models.teacher)
     measured = [_train_or_load(phase, models) for phase in _phase_runs(run, rollbacks)]
     # After the last step and not before a checkpoint of it, so that an interrupted stage averages once.
     average_with(models.model, models.start, run.spec.average)
     metrics = stage_metrics(models.model, run, measured, rollbacks.count)
-    if kind != FrozenWeights.full and run.parent is not None:
+    if (rounds or kind != FrozenWeights.full) and run.parent is not None:
         # The stored bits, not those made of fewer: a commit proves that frozen tensors are unchanged.
         make_whole(models.model, run.environment.store.tensors(run.parent))
     return models.model, metrics

@@ -13,12 +13,15 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from lifelong_moe.errors import TryAgainError
 from lifelong_moe.evaluation import reading
 from lifelong_moe.growth import grow as growth
+from lifelong_moe.model.int8 import round_frozen
 from lifelong_moe.retention import generated
 from lifelong_moe.training import preparation
+from lifelong_moe.training import stage as training
 from lifelong_moe.training.callbacks.checkpoint import STATE, checkpoints
 from lifelong_moe.training.callbacks.progress import StepCheckpoint
 from tests.pretended_gpu import GENERATOR, Pretended, pretended_gpu
@@ -87,6 +90,44 @@ def test_the_default_method_runs_there_whole(monkeypatch: pytest.MonkeyPatch) ->
     with pretended_gpu():
         report, _ = train(write_config(config))
     assert report["stages"][-1]["name"] == "code" and read and all(read)
+
+
+def test_with_auto_precision_a_stage_goes_on_bit_for_bit_and_old_generations_keep_their_bytes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    config = configure()
+    config["trainer"]["precision"] = "auto"
+    config["stage_defaults"]["distill"] = {"weight": 1.0}
+    path, rounded = write_config(config), []
+    monkeypatch.setattr(training, "round_frozen", lambda *models: rounded.append(round_frozen(*models)))
+    with pretended_gpu():
+        train(path)
+        assert rounded and all(rounded)  # something was frozen, and took half the memory
+        expected = hashes()
+        stages = sorted(Path("mlruns/stages").iterdir(), key=lambda one: one.stat().st_mtime)
+        first, second = (load_file(one / "model.safetensors") for one in stages)
+        borrowed = json.loads((stages[1] / "config.json").read_text())["borrowed"]
+        # Of the first stage nothing was stored again; what the second trained is stored as it was trained.
+        assert any(".experts.0." in name for name in borrowed) and not borrowed.keys() & second.keys()
+        assert {one.dtype for one in [*first.values(), *second.values()]} == {torch.float32}
+        assert any(not torch.equal(one, one.bfloat16().float()) for one in second.values())
+        Path("mlruns").rename("whole")
+        with monkeypatch.context() as patch, pytest.raises(TryAgainError):
+            stop_after(patch, 2 * STEPS - 1)
+            train(path)
+        train(path)
+    assert hashes() == expected
+
+
+def test_with_auto_precision_a_cpu_computes_the_bits_of_float32() -> None:
+    config, found = configure(), []
+    config["trainer"]["accelerator"] = "cpu"
+    for precision in ("32-true", "auto"):
+        config["trainer"]["precision"] = precision
+        train(write_config(config))
+        found.append(hashes())
+        Path("mlruns").rename(precision)
+    assert len(found[0]) == 2 and found[0] == found[1]
 
 
 def stop_after(patch: pytest.MonkeyPatch, steps: int) -> None:

@@ -15,7 +15,7 @@ from torch import Tensor
 from lifelong_moe.config.growth import FrozenWeights
 from lifelong_moe.config.model import Activation, ExpertsImplementation
 from lifelong_moe.model.experts import ExpertBanks
-from lifelong_moe.model.int8 import hold_frozen
+from lifelong_moe.model.int8 import hold_frozen, round_frozen
 from lifelong_moe.ops.dispatch import inverse_permutation, mixture_readable, sort_by_expert
 from lifelong_moe.ops.expert_mlp import slices
 from lifelong_moe.routing.base import Routing
@@ -39,10 +39,11 @@ def make_banks(
     activation: Activation = Activation.swiglu,
     newest: bool = True,
     trained: tuple[int, ...] | None = None,
+    expert_width: int = F,
 ) -> ExpertBanks:
     """Of so many frozen experts, which come first, or with ``newest=False`` last; or of one a generation, all frozen
     but ``trained``."""
-    banks = ExpertBanks(D, F, activation)
+    banks = ExpertBanks(D, expert_width, activation)
     if trained is None:
         sizes = [num_frozen, num_experts - num_frozen]
         for size in sizes if newest else reversed(sizes):
@@ -232,6 +233,46 @@ def test_experts_in_one_buffer_stay_themselves() -> None:
     pointers = [p.data_ptr() for p in banks.parameters()]
     banks.join()
     assert pointers == [p.data_ptr() for p in banks.parameters()]  # moved once
+
+
+@pytest.mark.parametrize("trained", [(0,), (2, 3), (4,)])
+def test_experts_that_train_in_float32_have_places_among_those_that_are_held_in_bfloat16(
+    trained: tuple[int, ...],
+) -> None:
+    rows, counts, found = (
+        torch.randn(12, D, generator=torch.Generator().manual_seed(5)),
+        torch.tensor([2, 1, 4, 0, 5]),
+        [],
+    )
+    upstream = torch.randn(12, D, generator=torch.Generator().manual_seed(6))
+    for rounds, joins in ((False, False), (True, False), (True, True)):
+        banks = make_banks(5, 0, seed=0, trained=trained, expert_width=D)  # rows of 16 bytes in bfloat16, too
+        banks.implementation = ExpertsImplementation.grouped_mm
+        if rounds:
+            round_frozen(banks)
+        if joins:
+            banks.join()
+        x = rows.clone().requires_grad_()
+        pointers = [p.data_ptr() for p in banks.parameters()]
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            out = banks(x, counts)
+        out.backward(upstream.to(out.dtype))
+        assert pointers == [p.data_ptr() for p in banks.parameters()]
+        grads = [p.grad for p in banks.parameters() if p.requires_grad]
+        assert all(grad is not None and grad.dtype == torch.float32 for grad in grads)
+        found.append([out.detach(), x.grad, *grads])
+        held = {p.untyped_storage().data_ptr() for p in banks.parameters() if not p.requires_grad}
+        assert len(held) == (2 if joins else 2 * (5 - len(trained)))
+        with torch.no_grad():  # an optimizer's step is seen by the next pass
+            banks.born[trained[0]].down.add_(1.0)
+            with torch.autocast("cpu", dtype=torch.bfloat16):
+                found[-1].append(banks(x, counts))
+            found[-1].append(banks(x, counts.roll(1)))  # without autocast, in float32
+    for others in found[1:]:
+        # Rounded once or in each pass: the same bits. Without autocast frozen ones are rounded, and were not.
+        assert all(torch.equal(ours, theirs) for ours, theirs in zip(others[:-1], found[0][:-1], strict=True))
+    assert torch.equal(found[1][-1], found[2][-1])
+    torch.testing.assert_close(found[1][-1], found[0][-1], atol=2.0, rtol=0.02)
 
 
 def test_gradients_are_those_of_finite_differences() -> None:

@@ -635,6 +635,10 @@ def test_what_is_offloaded_is_not_in_eight_bits_too(load: Load) -> None:
             ["trainer.experts_implementation=grouped_mm", "trainer.compile=true"],
             "grouped_mm compiles in bfloat16 only",
         ),
+        (
+            ["trainer.experts_implementation=grouped_mm", "trainer.compile=true", "trainer.precision=auto"],
+            "grouped_mm compiles in bfloat16 only",
+        ),
     ],
 )
 def test_what_cannot_be_computed_is_said(load: Load, overrides: list[str], message: str) -> None:

@@ -70,6 +70,9 @@ def config_text(run: str, folders: Sequence[FolderText], sizes: Sizes) -> str:
         "stages:",
         *(f"  - {{data: {_scalar(one.name)}, tokens: {n:_}}}" for one, n in zip(folders, sizes.tokens, strict=True)),
         "",
+        "# On a GPU products are in bfloat16, and what trains stays in float32, as everything does on a CPU.",
+        "trainer: {precision: auto}",
+        "",
         "evaluate: {tokens: 20_000}       # held-out tokens of each folder, after each stage",
     ]
     return "\n".join(lines) + "\n"

@@ -54,6 +54,14 @@ def configured_device(trainer: TrainerConfig) -> torch.device:
     return CPU
 
 
+def rounds_products(trainer: TrainerConfig) -> bool:
+    """Whether ``trainer.precision=auto`` is set, and the first device multiplies in bfloat16: a GPU from Ampere on."""
+    if trainer.precision != "auto":
+        return False
+    device = configured_device(trainer)
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
+
+
 def on_configured_device(model: LanguageModel, trainer: TrainerConfig) -> LanguageModel:
     """A model on the device of :func:`configured_device`; on the CPU, with a warning, if that has too little memory."""
     device = configured_device(trainer)

@@ -8,6 +8,8 @@ import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
+import torch
+
 from lifelong_moe.config.model import ExpertsImplementation
 from lifelong_moe.config.training import TrainerConfig
 from lifelong_moe.errors import ConfigError
@@ -83,6 +85,20 @@ def execution_options(models: Iterable[LanguageModel], config: TrainerConfig) ->
         for model in models:
             model.recompute(False)
             model._compiled_call_impl = None  # set by nn.Module.compile, which has no inverse
+
+
+@contextmanager
+def tf32(on: bool) -> Iterator[None]:
+    """Context in which products in float32 may round what they multiply to TF32: to 10 bits, where bfloat16 has 7."""
+    if not on:  # as on a CPU, where the setting may mean something else
+        yield
+        return
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 @contextmanager

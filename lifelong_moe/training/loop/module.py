@@ -105,7 +105,9 @@ class StageModule(LightningModule):
         """Move the teacher and the anchor to the device, and the experts of each layer side by side."""
         # Lightning moves submodules only. Tensors that the teacher shares are there already, or offloaded.
         if self._teacher[0] is not None:
-            self._teacher[0].to(self.device, self.model.embedding.weight.dtype)
+            # Lightning rounds the model as a whole, or not at all; a matrix that is held in fewer bits stays so.
+            dtype = self.model.embedding.weight.dtype
+            self._teacher[0].to(self.device, None if dtype == torch.float32 else dtype)
         if self._anchor is not None:
             self._anchor = self._anchor.to(self.device)
         for model in (self.model, *self._teacher):

@@ -26,7 +26,8 @@ from lifelong_moe.training.callbacks.stopping import early_stopping
 from lifelong_moe.training.callbacks.watch import ForgettingWatch, Watched
 from lifelong_moe.training.loop.context import PhaseRun, StageModels
 from lifelong_moe.training.loop.data import StageData, phase_dataset, text_sample
-from lifelong_moe.training.loop.execution import execution_options, expert_dropout, isolated_documents
+from lifelong_moe.training.loop.device import rounds_products
+from lifelong_moe.training.loop.execution import execution_options, expert_dropout, isolated_documents, tf32
 from lifelong_moe.training.loop.fit import PhaseFit
 from lifelong_moe.training.loop.measure import PhaseMeasures
 from lifelong_moe.training.loop.module import StageModule
@@ -133,6 +134,7 @@ def _training_context(models: StageModels, run: PhaseRun) -> Iterator[None]:
         training_only(models.model, phase_parameters(models.model, run.phase).values()),
         expert_dropout(models.model, spec.finetune.expert_dropout if spec.finetune else 0.0),
         execution_options(both, environment.trainer),
+        tf32(rounds_products(environment.trainer)),
         environment.interrupt.until_step_boundary(),
     ):
         yield

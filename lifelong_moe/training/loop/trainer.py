@@ -17,6 +17,7 @@ from lifelong_moe.config.training import TrainerConfig
 from lifelong_moe.errors import ConfigError
 from lifelong_moe.training.callbacks.checkpoint import SafeCheckpointIO
 from lifelong_moe.training.callbacks.own import build_own
+from lifelong_moe.training.loop.device import rounds_products
 
 
 def build_trainer(
@@ -36,7 +37,7 @@ def build_trainer(
             devices=config.devices,
             num_nodes=config.num_nodes,
             strategy=strategy,
-            precision=config.precision,  # type: ignore[arg-type]
+            precision=lightning_precision(config),  # type: ignore[arg-type]
             accumulate_grad_batches=config.accumulate_grad_batches,
             # The Meter decides when to log.
             log_every_n_steps=1,
@@ -63,6 +64,13 @@ def build_trainer(
             f"CPU only so far. Set trainer.devices=1, or trainer.accelerator=cpu."
         )
     return trainer
+
+
+def lightning_precision(config: TrainerConfig) -> str:
+    """Lightning's word for ``trainer.precision``, of which ``auto`` is ours."""
+    if config.precision != "auto":
+        return config.precision
+    return "bf16-mixed" if rounds_products(config) else "32-true"
 
 
 def own_callbacks(config: TrainerConfig) -> list[Callback]:

@@ -34,6 +34,7 @@ RECORDS = RECORD_BYTES + POINT_BYTES
         ("32-true", 2, 2, 3 * 3 * 400),  # five are taken; two are kept while the third is written
         ("32-true", 2, 9, 5 * 3 * 400),
         ("32-true", 11, 2, 0),  # none is taken in ten steps
+        ("auto", 10, 2, 3 * 400),
         ("bf16-mixed", 10, 2, 3 * 400),
         ("bf16-true", 10, 2, 3 * 200),
     ],

@@ -37,6 +37,7 @@ def test_precision_micro_batches_and_processes(make_run: MakeRun) -> None:
     plain = needs(make_run())[0]
     half = needs(make_run("trainer.precision=bf16-true"))[0]
     assert (half.weights, half.training) == (plain.weights // 2, plain.training // 2)
+    assert needs(make_run("trainer.precision=auto"))[0] == plain  # as on a CPU, which is the most
     assert 2 * needs(make_run("trainer.precision=bf16-mixed"))[0].activations == plain.activations
     assert 2 * needs(make_run("trainer.accumulate_grad_batches=2"))[0].activations == plain.activations
     two = needs(make_run("trainer.devices=2", "trainer.num_workers=3"))[0]

@@ -9,7 +9,9 @@ import pytest
 import torch
 
 from lifelong_moe.config.training import TrainerConfig
-from lifelong_moe.training.loop.device import configured_device
+from lifelong_moe.training.loop.device import configured_device, rounds_products
+from lifelong_moe.training.loop.execution import tf32
+from lifelong_moe.training.loop.trainer import lightning_precision
 
 
 @pytest.fixture
@@ -43,3 +45,37 @@ def test_of_a_run_of_another_machine_it_is_the_cpu(
     with caplog.at_level(logging.WARNING):
         assert configured_device(TrainerConfig(accelerator=accelerator, devices=devices)) == torch.device("cpu")
     assert f"trainer.accelerator={accelerator}, trainer.devices={devices}: using the CPU instead" in caplog.text
+
+
+@pytest.mark.usefixtures("four_gpus")
+@pytest.mark.parametrize(
+    ("precision", "accelerator", "capability", "expected"),
+    [
+        ("auto", "gpu", (8, 0), "bf16-mixed"),
+        ("auto", "auto", (9, 0), "bf16-mixed"),
+        ("auto", "gpu", (7, 5), "32-true"),  # no products in bfloat16 there
+        ("auto", "cpu", (9, 0), "32-true"),
+        ("32-true", "gpu", (9, 0), "32-true"),
+        ("bf16-true", "gpu", (9, 0), "bf16-true"),
+    ],
+)
+def test_auto_precision_is_what_the_device_multiplies_in(
+    monkeypatch: pytest.MonkeyPatch,
+    precision: str,
+    accelerator: str,
+    capability: tuple[int, int],
+    expected: str,
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    config = TrainerConfig(precision=precision, accelerator=accelerator)
+    assert lightning_precision(config) == expected
+    assert rounds_products(config) == (precision == "auto" and expected == "bf16-mixed")
+
+
+def test_tf32_is_allowed_where_it_is_asked_for_and_not_after() -> None:
+    assert torch.get_float32_matmul_precision() == "highest"
+    with tf32(False):
+        assert torch.get_float32_matmul_precision() == "highest"
+    with tf32(True):
+        assert torch.get_float32_matmul_precision() == "high"
+    assert torch.get_float32_matmul_precision() == "highest"
