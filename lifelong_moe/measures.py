@@ -162,6 +162,7 @@ MEASURES: Mapping[str, Measure] = {
     ),
     "own_seconds": Measure("training seconds", "s", "usage/seconds", "of this stage alone", "lower"),
     "own_tokens": Measure("tokens", "tokens", "usage/tokens", "of this stage alone, replayed ones included", "lower"),
+    "own_epochs": Measure("epochs", "", "usage_epochs/NAME", "passes over NAME, one of the stage's mixture", digits=2),
     "kl": Measure(
         "divergence", "nats/token", "watch/kl_nats_per_token", "from predictions before the stage", "lower"
     ),

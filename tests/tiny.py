@@ -10,7 +10,7 @@ import random
 import signal
 import sys
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -70,12 +70,13 @@ def write_corpora(root: Path) -> None:
         write_corpus(root / f"{name}.jsonl", words.split(), seed)
 
 
-def tiny_config(stages: tuple[str, ...] = ("fruit", "code"), **sections: Any) -> dict[str, Any]:
-    """A run of some seconds; ``sections`` are merged one level deep."""
+def tiny_config(stages: Sequence[str | dict[str, Any]] = ("fruit", "code"), **sections: Any) -> dict[str, Any]:
+    """A run of some seconds; ``sections`` are merged one level deep. A stage that is no name learns a mixture."""
+    names = dict.fromkeys(name for one in stages for name in ([one] if isinstance(one, str) else one["data"]))
     config: dict[str, Any] = {
         "run": "tiny",
         "tokenizer": {"vocab_size": 300},
-        "distributions": {name: {"files": f"{name}.jsonl", "heldout_fraction": 0.1} for name in stages},
+        "distributions": {name: {"files": f"{name}.jsonl", "heldout_fraction": 0.1} for name in names},
         "model": {
             "layers": 2, "width": 32, "heads": 2, "kv_heads": 1, "expert_width": 32, "experts": 2, "context": CONTEXT,
         },
@@ -86,7 +87,7 @@ def tiny_config(stages: tuple[str, ...] = ("fruit", "code"), **sections: Any) ->
             "replay": {"fraction": 0.25},
             "optim": {"lr": 3.0e-3, "batch_tokens": SEQUENCES * CONTEXT},
         },
-        "stages": [{"data": name} for name in stages],
+        "stages": [{"data": one} if isinstance(one, str) else one for one in stages],
         "evaluate": {"tokens": 600},
         "trainer": {"accelerator": "cpu", "log_every_n_steps": 4, "enable_progress_bar": False},
         "checkpoint": {"every_steps": EVERY},

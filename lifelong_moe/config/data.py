@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import codecs
+import math
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
+from fractions import Fraction
 from typing import Any
 
 from lifelong_moe.config.routing.bounds import require_bounded
@@ -25,6 +28,10 @@ ENCODINGS = (
 )
 """Encodings of text files besides UTF-8, and UTF-16 with a byte order mark, by Python's names."""
 MOST_PATTERNS = 1_000
+MOST_PARTS = 10**18
+"""Sum of a mixture's weights in whole numbers: what 64 bits hold."""
+LONGEST_MIXED = 48
+"""Characters of a stage's name that lists what it learns."""
 
 
 class BadLinesRule(StrEnum):
@@ -47,6 +54,62 @@ class BaseStore(StrEnum):
 
     copy = "copy"
     reference = "reference"
+
+
+@dataclass(frozen=True)
+class TextMixture:
+    """The distributions of a stage and their shares of its new text; the largest share comes first, then by name."""
+
+    names: tuple[str, ...]
+    weights: tuple[int, ...]
+    """The shares in the smallest whole numbers."""
+
+    @classmethod
+    def of(cls, data: Any) -> TextMixture:
+        """Read ``data`` of a stage: a name, or a mapping from names to positive numbers.
+
+        Raises:
+            ConfigError: Naming what came.
+        """
+        if isinstance(data, (str, int, float)):
+            return cls((str(data),), (1,))
+        if not isinstance(data, Mapping):
+            shown = "null" if data is None else data
+            raise ConfigError(f"data={shown} must be a name, or a mixture such as {{web: 0.7, code: 0.3}}.")
+        found = {str(name): _weight(str(name), value) for name, value in data.items()}
+        if len(found) < 2 or len(found) < len(data):
+            raise ConfigError(
+                f"data={{{', '.join(map(str, data))}}} must mix two distributions or more; one alone is data: NAME."
+            )
+        whole = math.lcm(*(weight.denominator for weight in found.values()))
+        numbers = {name: int(weight * whole) for name, weight in found.items()}
+        least = math.gcd(*numbers.values())
+        names = sorted(numbers, key=lambda name: (-numbers[name], name))
+        if sum(numbers.values()) // least > MOST_PARTS:
+            raise ConfigError(
+                f"data={{{', '.join(map(str, data))}}}: in whole numbers, its weights add up to more than "
+                f"{MOST_PARTS:.0e}. Write them with fewer digits."
+            )
+        return cls(tuple(names), tuple(numbers[name] // least for name in names))
+
+    @property
+    def name(self) -> str:
+        """A name for a stage that learns it."""
+        first, whole = self.names[0], "-".join(self.names)
+        # A number may follow it, and a suffix.
+        return whole if len(whole) <= LONGEST_MIXED or whole == first else f"{first[:LONGEST_MIXED]}-mixed"
+
+    def share(self, name: str) -> Fraction:
+        """Share of a distribution in the stage's new text."""
+        return Fraction(self.weights[self.names.index(name)], sum(self.weights))
+
+
+def _weight(name: str, value: Any) -> Fraction:
+    """A weight as the decimal number that it prints as, so that 0.1 is exactly a tenth."""
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not is_number or not math.isfinite(value) or value <= 0:
+        raise ConfigError(f"data.{name}={value!r} must be a positive number: its weight in the mixture.")
+    return Fraction(str(value))
 
 
 @dataclass(kw_only=True)

@@ -328,7 +328,8 @@ def _each(cls: type, nodes: Any, under: DictConfig | None = None) -> Any:
     if _refers(nodes):
         return nodes._value()
     if isinstance(nodes, ListConfig):
-        return [_unresolved(cls, nodes._get_node(i), under) for i in range(len(nodes))]
+        each: list[Any] = [nodes._get_node(i) for i in range(len(nodes))]
+        return [_unresolved(cls, node, under and (under if _refers(node) else _below(under, node))) for node in each]
     return {str(key): _unresolved(cls, nodes._get_node(key), under) for key in nodes}
 
 
@@ -357,8 +358,16 @@ def _stages(raw: DictConfig) -> list[StageConfig]:
     for i, stage in enumerate(stages):
         if not isinstance(stage, DictConfig):
             raise ConfigError(f"stages[{i}] must be a mapping with at least data: NAME; got {stage!r}.")
-        built.append(section(StageConfig, stage, f"stages[{i}]", under=defaults))
+        built.append(section(StageConfig, stage, f"stages[{i}]", under=_below(defaults, stage)))
     return built
+
+
+def _below(defaults: DictConfig, stage: DictConfig) -> DictConfig:
+    """The defaults under a stage: two mixtures are not merged into a third."""
+    # Nodes, since access by key would resolve an interpolation.
+    if defaults._get_node("data") is None or stage._get_node("data") is None:
+        return defaults
+    return OmegaConf.masked_copy(defaults, [str(key) for key in defaults if key != "data"])
 
 
 def _mapping(raw: DictConfig, key: str) -> DictConfig:

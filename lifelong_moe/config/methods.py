@@ -72,8 +72,11 @@ class Stage(Protocol):
     trunk: TrunkConfig
     review: ReviewConfig
     average: float
-    data: str
     continues: str | None
+
+    @property
+    def learns(self) -> tuple[str, ...]:
+        """Distributions that it learns."""
 
     @property
     def kind(self) -> str:
@@ -305,7 +308,7 @@ def refuse_forgetting(method: str, stages: Sequence[Stage], raw: DictConfig) -> 
     if method != "lifelong":
         return
     for i, stage in enumerate(stages):
-        something_old = any(other.data != stage.data for other in stages[:i])
+        something_old = any(set(other.learns) - set(stage.learns) for other in stages[:i])
         # Once a stage has grown, the experts before it stay as they are, and the trunk if it is frozen.
         grown = any(other.grow.experts for other in stages[1 : i + 1]) and stage.trunk.is_frozen
         trains_part = stage.grow.experts or stage.continues is not None or grown or stage.kind == "finetune"

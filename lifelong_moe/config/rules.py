@@ -89,10 +89,11 @@ def _check_evaluated(run: RunConfig) -> None:
 
 def _check_tokenizer(run: RunConfig) -> None:
     """Require that the tokenizer is trained on the first stage's text."""
-    first = run.stages[0].data
+    first = run.stages[0].learns[0]
     if run.tokenizer.train_on not in (None, first):
+        which = "distribution" if len(run.stages[0].learns) == 1 else "distribution with the largest share"
         raise ConfigError(
-            f"tokenizer.train_on={run.tokenizer.train_on} must be the first stage's distribution ({first}): "
+            f"tokenizer.train_on={run.tokenizer.train_on} must be the first stage's {which} ({first}): "
             f"a tokenizer that saw later stages leaks the future."
         )
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
 
-from lifelong_moe.config.data import BaseConfig, SourceConfig, TokenizerConfig
+from lifelong_moe.config.data import BaseConfig, SourceConfig, TextMixture, TokenizerConfig
 from lifelong_moe.config.evaluation import EvaluateConfig
 from lifelong_moe.config.growth import GrowConfig, VocabularyConfig
 from lifelong_moe.config.model import ModelConfig
@@ -43,10 +43,14 @@ class StageKind(StrEnum):
 
 @dataclass(kw_only=True)
 class StageConfig:
-    """One training episode on one distribution; ``stage_defaults`` are merged under each."""
+    """One training episode on one distribution or a mixture; ``stage_defaults`` are merged under each."""
 
-    data: str
-    """Distribution to train on, a key of ``distributions``."""
+    data: Any
+    """Distribution to train on, a key of ``distributions``; or a mixture of several with their weights, in tokens of
+    the stage's new text: ``{web: 0.7, code: 0.2, papers: 0.1}``. See docs/usage.md#mixtures."""
+    max_epochs: float | None = None
+    """Most passes over the text of any distribution that the stage learns; more are refused before training. Null: a
+    text that is too short for its share is repeated as often as it takes."""
     kind: StageKind = StageKind.pretrain
     """``pretrain`` on text, or ``finetune`` on prompts with answers, where only answers are scored and no experts are
     added."""
@@ -81,6 +85,11 @@ class StageConfig:
 
     def __post_init__(self) -> None:
         require_bounded(self, "")
+        # YAML reads a name such as 2024 as a number.
+        self.data = self.data if isinstance(self.data, dict) else TextMixture.of(self.data).names[0]
+        self.mixture  # noqa: B018 - for its errors
+        if self.max_epochs is not None and not self.max_epochs > 0:
+            raise ConfigError(f"max_epochs={self.max_epochs} must be above 0.")
         if self.tokens < 1:
             raise ConfigError(f"tokens={self.tokens} must be positive.")
         # At 1 nothing of the training would be left. Written so that NaN is rejected as well.
@@ -88,6 +97,16 @@ class StageConfig:
             raise ConfigError(f"average={self.average} must lie in [0, 1).")
         if self.name is not None and not NAME.fullmatch(self.name):
             raise ConfigError(f"name={self.name} may hold letters, digits, '_', '-' and '.' only.")
+
+    @property
+    def mixture(self) -> TextMixture:
+        """The distributions that it learns, with their shares."""
+        return TextMixture.of(self.data)
+
+    @property
+    def learns(self) -> tuple[str, ...]:
+        """The distributions that it learns, that with the largest share first."""
+        return self.mixture.names
 
 
 @dataclass(kw_only=True)
@@ -177,8 +196,9 @@ class RunConfig:
         taken: set[str] = set()
         for i, stage in enumerate(self.stages):
             if stage.name is None:
+                own = stage.mixture.name
                 # Fewer earlier stages than candidates, so one of these is free.
-                candidates = (stage.data if n == 1 else f"{stage.data}-{n}" for n in range(1, len(self.stages) + 1))
+                candidates = (own if n == 1 else f"{own}-{n}" for n in range(1, len(self.stages) + 1))
                 stage.name = next(name for name in candidates if name not in taken)
             elif stage.name in taken:
                 raise ConfigError(f"stages[{i}].name={stage.name} is taken by an earlier stage.")
@@ -188,4 +208,9 @@ class RunConfig:
     def evaluated(self) -> list[str]:
         """Distributions measured after each stage: the stages', in order of first use, then ``evaluate.also``."""
         # Not a set: several stages may share a distribution, and reports keep this order.
-        return list(dict.fromkeys([stage.data for stage in self.stages] + self.evaluate.also))
+        return list(dict.fromkeys(self.trained + self.evaluate.also))
+
+    @property
+    def trained(self) -> list[str]:
+        """Distributions that the stages learn, in order; one that several learn is named as often."""
+        return [name for stage in self.stages for name in stage.learns]

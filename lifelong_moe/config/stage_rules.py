@@ -21,7 +21,8 @@ def require_consistent_stage(run: RunConfig, i: int, stage: StageConfig) -> None
     Raises:
         ConfigError: With the full key, what was required and what came.
     """
-    require_known(stage.data, run.distributions, f"stages[{i}].data")
+    for name in stage.learns:
+        require_known(name, run.distributions, f"stages[{i}].data")
     _check_batch(run, i, stage)
     _check_tokens(run, i, stage)
     _check_finetuning(run, i, stage)
@@ -83,6 +84,10 @@ def _check_tokens(run: RunConfig, i: int, stage: StageConfig) -> None:
         )
     if stage.tokens < tokens:
         raise ConfigError(f"stages[{i}].tokens={stage.tokens} is less than one step of {tokens} tokens.")
+    for name in stage.learns if len(stage.learns) > 1 else ():
+        # Replay takes of it, so that the plan asks once more.
+        if stage.tokens // tokens * tokens * stage.mixture.share(name) < context:
+            raise ConfigError(small_share(i, name, context))
     if i == 0 and run.routing.clusters_hidden and stage.tokens < 2 * tokens:
         raise ConfigError(
             f"stages[0].tokens={stage.tokens} is less than two steps of {tokens} tokens; routing.features=hidden "
@@ -90,16 +95,30 @@ def _check_tokens(run: RunConfig, i: int, stage: StageConfig) -> None:
         )
 
 
+def small_share(i: int, name: str, context: int) -> str:
+    """What is wrong with a distribution of the ``i``-th stage's mixture that would never be trained on."""
+    return (
+        f"stages[{i}].data.{name}: its share of the new text is less than a block of model.context={context}. Raise "
+        f"its weight or stages[{i}].tokens, or leave it out."
+    )
+
+
 def _check_finetuning(run: RunConfig, i: int, stage: StageConfig) -> None:
     """Require answers for fine-tuning, a stage before it, and one process where ``patience`` keeps the best weights."""
-    answers = run.distributions[stage.data].answer_field is not None
+    plain = [name for name in stage.learns if run.distributions[name].answer_field is None]
+    answers = [name for name in stage.learns if name not in plain]
+    if answers and plain:
+        raise ConfigError(
+            f"stages[{i}].data mixes text ({plain[0]}) with prompts and answers ({answers[0]}). Learn them in stages "
+            f"of their own."
+        )
     if stage.kind == StageKind.pretrain:
         if answers:
-            raise ConfigError(f"stages[{i}].data={stage.data} has prompts and answers; set stages[{i}].kind=finetune.")
+            raise ConfigError(f"stages[{i}].data={answers[0]} has prompts and answers; set stages[{i}].kind=finetune.")
         return
-    if not answers:
+    if plain:
         raise ConfigError(
-            f"stages[{i}].kind=finetune needs prompts and answers: set distributions.{stage.data}.answer_field."
+            f"stages[{i}].kind=finetune needs prompts and answers: set distributions.{plain[0]}.answer_field."
         )
     if not run.continues(i):
         raise ConfigError("stages[0].kind=finetune: there is no model yet to fine-tune.")
@@ -172,6 +191,11 @@ def _check_vocabulary(run: RunConfig, i: int, stage: StageConfig) -> None:
         )
     if not stage.vocabulary.add:
         return
+    if mixed := [other for other in run.stages if len(other.learns) > 1]:
+        raise ConfigError(
+            f"{key}: tokens are found in the text of one distribution, and stage {mixed[0].name} mixes several. Leave "
+            f"it out, or train on one distribution a stage."
+        )
     if not run.continues(i):
         raise ConfigError(
             f"{key}: the first stage has a tokenizer of its own, as large as tokenizer.vocab_size says; tokens are "

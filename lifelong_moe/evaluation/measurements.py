@@ -114,9 +114,9 @@ class Measurements:
     cache: ReadingCache
     """What generations of mixtures said of held-out text."""
 
-    def measurable(self, without: str | None = None) -> list[str]:
+    def measurable(self, without: Collection[str] = ()) -> list[str]:
         """Distributions with held-out text, in the run's order, except ``without``."""
-        return [name for name in self.config.evaluated if name in self.data.heldout and name != without]
+        return [name for name in self.config.evaluated if name in self.data.heldout and name not in without]
 
     def unmeasurable(self) -> list[str]:
         """A sentence on each distribution without held-out text."""

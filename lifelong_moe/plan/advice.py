@@ -35,20 +35,21 @@ def growth_advice(
 
     Args:
         planned: The run's stages.
-        divergence: For each later stage's distribution, nats per token against each earlier one.
+        divergence: For each distribution of a later stage, nats per token against each one of an earlier stage.
         raw: The run's configuration as written, plain data.
 
     Returns:
-        One sentence on capacity and one per later stage on its text; none for a single stage.
+        One sentence on capacity and one per distribution of a later stage; none for a single stage.
     """
     stages = chain(planned)
     if len(stages) < 2:
         return []
     ratio = sum(stage.tokens for stage in stages) / stages[0].parameters.total
     return [_capacity(ratio, stages, raw)] + [
-        _shift(i, stages, divergence[stage.spec.data])
+        _shift(i, stages, name, divergence[name])
         for i, stage in enumerate(stages)
-        if i and divergence.get(stage.spec.data)
+        for name in stage.spec.new
+        if i and divergence.get(name)
     ]
 
 
@@ -113,7 +114,7 @@ def idle_retention(config: RunConfig) -> list[str]:
         elif (asked := _asked(recipe, stage)) and not earlier_distributions(config, i):
             found.append(
                 f"stages[{i}] ({stage.name}): {', '.join(asked)}: off, because no earlier stage learned anything but "
-                f"{stage.data}."
+                f"{', '.join(stage.learns)}."
             )
     return found
 
@@ -153,11 +154,11 @@ def _as_lifelong(raw: Mapping[str, Any], keys: list[str]) -> list[str]:
     return keys if raw.get("method", "lifelong") == "lifelong" else ["method=lifelong", *keys]
 
 
-def _shift(i: int, stages: list[PlannedStage], against: Mapping[str, float]) -> str:
+def _shift(i: int, stages: list[PlannedStage], name: str, against: Mapping[str, float]) -> str:
     stage = stages[i]
     nearest = min(against, key=lambda name: against[name])
     nats, routing = against[nearest], stage.spec.routing
-    begins = f"{stage.spec.name}: {nats:.2f} nats a token from {nearest}"
+    begins = f"{stage.spec.name}{f', {name}' if stage.spec.mixed else ''}: {nats:.2f} nats a token from {nearest}"
     if nats < CLOSE:
         return f"{begins}, the same kind of text: {_train_on(i, stages, nearest)}"
     if (mixture := routing.mixture) is not None and routing.mixes and mixture.drop and mixture.likelihood:
@@ -182,7 +183,7 @@ def _train_on(i: int, stages: list[PlannedStage], nearest: str) -> str:
     if spec.routing.by_generation:
         # The generation that knows this kind of text; all others stay as they are.
         born = [
-            one.spec.name for one in stages[:i] if one.spec.data == nearest and (one.spec.grow or not one.spec.parent)
+            one.spec.name for one in stages[:i] if nearest in one.spec.new and (one.spec.grow or not one.spec.parent)
         ]
         if born:
             return f"train on (add stages[{i}].continues={born[-1]}); a generation of its own could not be told apart."

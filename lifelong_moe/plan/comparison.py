@@ -216,7 +216,7 @@ def measures(config: RunConfig) -> dict[str, object]:
         "tokenizer.file": file,
         "tokenizer.bos": tokenizer.bos,
         "tokenizer.vocab_size": tokenizer.vocab_size if file is None else None,
-        "tokenizer.train_on": config.stages[0].data if file is None else None,
+        "tokenizer.train_on": config.stages[0].learns[0] if file is None else None,
         "model.context": config.model.context,
         "evaluate.tokens": config.evaluate.tokens,
     }

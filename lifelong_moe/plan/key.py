@@ -39,7 +39,9 @@ def stored_key(written: Mapping[str, object], spec: StageSpec, parent_key: str |
     if isinstance(grow := content["grow"], Mapping):
         # A warning's threshold, without effect on weights.
         content["grow"] = {name: value for name, value in grow.items() if name != "min_share"}
-    hashes = [[data.train_hashes[name] for name in names] for names in (spec.reads, spec.fisher_data)]
+    hashes = [[data.train_hashes[name] for name in names] for names in (spec.reads, spec.fisher_data, spec.mixed)]
+    if spec.mixed:
+        content["mixed"] = hashes[2]
     return content_key(
         {
             "schema": SCHEMA,

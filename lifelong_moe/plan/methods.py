@@ -118,7 +118,8 @@ def with_all_experts(config: RunConfig) -> RunConfig:
 
 def earlier_distributions(config: RunConfig, i: int) -> tuple[str, ...]:
     """What stage ``i`` could forget: distributions of the stages before it, without its own."""
-    return tuple(dict.fromkeys(s.data for s in config.stages[:i] if s.data != config.stages[i].data))
+    own = config.stages[i].learns
+    return tuple(dict.fromkeys(name for s in config.stages[:i] for name in s.learns if name not in own))
 
 
 def _spec(config: RunConfig, recipe: Recipe, i: int, stage: StageConfig, gone: Collection[str] = ()) -> StageSpec:
@@ -186,7 +187,9 @@ def _plain(config: RunConfig, stage: StageConfig, grown: bool) -> StageSpec:
     assert stage.name is not None
     return StageSpec(
         name=stage.name,
-        data=stage.data,
+        data=stage.learns[0],
+        mixed=stage.learns[1:],
+        mix_weights=stage.mixture.weights if len(stage.learns) > 1 else (),
         parent=None,
         replayed=(),
         replay_weights=(),
@@ -227,13 +230,16 @@ def _joint(config: RunConfig) -> StageSpec:
     """One stage on all distributions, each with the tokens that its stages have."""
     tokens: dict[str, int] = {}
     for stage in config.stages:
-        tokens[stage.data] = tokens.get(stage.data, 0) + stage.tokens
+        for name in stage.learns:
+            tokens[name] = tokens.get(name, 0) + max(1, round(stage.tokens * stage.mixture.share(name)))
     first, *others = tokens
-    total, shared = sum(tokens.values()), [tokens[name] for name in others]
+    total, shared = sum(stage.tokens for stage in config.stages), [tokens[name] for name in others]
     # In units of the greatest common divisor, so that a round of turns is as short as exact shares allow.
     unit = max(gcd(*shared), -(-sum(shared) // MOST_TURNS)) or 1
     return replace(
         _first(config, config.stages[0], "joint"),
+        mixed=(),
+        mix_weights=(),
         replayed=tuple(others),
         replay_weights=tuple(max(1, round(count / unit)) for count in shared),
         replay=ReplayConfig(fraction=1 - tokens[first] / total if others else 0.0),

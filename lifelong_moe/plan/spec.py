@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -39,13 +39,26 @@ _REPLAY = {"replay_fraction": "fraction", "replay_source": "source", "replay_buf
 """Names of :class:`ReplayConfig`'s fields in a stage's JSON data."""
 
 
+def own_text(learns: Sequence[str], earlier: Collection[str]) -> tuple[str, ...]:
+    """The distributions by which a stage is judged: what it learns that no earlier stage learned, or else all of it.
+
+    What an earlier stage learned and a mixture trains on beside new text is rehearsed, as replay would: it can be
+    forgotten all the same. What comes back without any new text is learned once more.
+
+    Args:
+        learns: Of the stage.
+        earlier: What the stages before it learned.
+    """
+    return tuple(name for name in learns if name not in earlier) or tuple(learns)
+
+
 @dataclass(frozen=True, kw_only=True)
 class StageSpec:
     """All settings of a stage. Mechanisms that are off are None, so that equal work has equal keys."""
 
     name: Name
     data: Name
-    """The distribution it learns."""
+    """The distribution it learns; of a mixture, that with the largest share."""
     parent: int | None
     """Index of the stage it continues, :data:`BASE` for a checkpoint; None begins from random weights."""
     replayed: tuple[Name, ...]
@@ -83,6 +96,10 @@ class StageSpec:
     """Processes that take a step together."""
     vocabulary: VocabularyConfig | None = None
     """Tokens that it adds; None adds none."""
+    mixed: tuple[Name, ...] = ()
+    """The other distributions of a mixture that it learns."""
+    mix_weights: tuple[int, ...] = ()
+    """Shares of ``data`` and each of ``mixed`` in the new text, in proportion; empty without a mixture."""
     text_ends: tuple[int, ...] = ()
     """Tokens besides BOS that end a document in text that the parent's model writes, for it descends from a checkpoint
     that ends text so. Also of the checkpoint's own record."""
@@ -107,10 +124,26 @@ class StageSpec:
         """Sequences a step."""
         return self.optim.batch_tokens // self.model.context
 
+    def __post_init__(self) -> None:
+        if len(self.mix_weights) != (len(self.mixed) + 1 if self.mixed else 0) or min(self.mix_weights, default=1) < 1:
+            raise PlainError("must have a positive number for each distribution of the mixture", ".mix_weights")
+        if len(set(self.new)) < len(self.new):
+            raise PlainError("must name each distribution of the mixture once", ".mixed")
+
+    @property
+    def new(self) -> tuple[str, ...]:
+        """The distributions of its new text, in the order of :attr:`shares`."""
+        return (self.data, *self.mixed)
+
+    @property
+    def shares(self) -> tuple[int, ...]:
+        """Shares of :attr:`new` in the new text, in proportion."""
+        return self.mix_weights or (1,)
+
     @property
     def learns(self) -> tuple[str, ...]:
         """Distributions that are new in this stage."""
-        return (self.data,) if self.parent is not None else (self.data, *self.replayed)
+        return self.new if self.parent is not None else (*self.new, *self.replayed)
 
     @property
     def generates(self) -> bool:
@@ -138,7 +171,7 @@ class StageSpec:
     @property
     def uses(self) -> tuple[str, ...]:
         """Distributions whose training text affects its result."""
-        return (self.data, *self.reads, *self.fisher_data)
+        return (*self.new, *self.reads, *self.fisher_data)
 
     @property
     def distilled_share(self) -> float:
@@ -251,8 +284,10 @@ class StageSpec:
         else:
             architecture = parent.grown(generation, self.grow.freezes)
         # A label stays with its generation until a stage that adds or continues one learns its distribution again.
-        known = self.data in dict(architecture.labels)
-        return architecture.labelled(self.data) if self.grow or self.continues or not known else architecture
+        for name in self.new:
+            if self.grow or self.continues or name not in dict(architecture.labels):
+                architecture = architecture.labelled(name)
+        return architecture
 
     def trains_part(self, architecture: Architecture, part: Part, generation: int | None) -> bool:
         """Whether it trains a part of the trunk, or of a generation; a student trains all of itself."""
@@ -272,7 +307,7 @@ class StageSpec:
         # Flat, as in stages from before replay was a section, whose keys must not change.
         replay = data.pop("replay")
         # As in stages from before there were such.
-        for name in ("average", "text_ends"):
+        for name in ("average", "text_ends", "mixed", "mix_weights"):
             if not data[name]:
                 del data[name]
         return data | {name: replay[key] for name, key in _REPLAY.items()}

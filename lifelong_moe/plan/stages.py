@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 
 from lifelong_moe.config.routing.shared import TextClusterConfig
 from lifelong_moe.config.run import RunConfig
+from lifelong_moe.config.stage_rules import small_share
 from lifelong_moe.data.tokens.identity import DataIdentity
+from lifelong_moe.data.tokens.packing import epochs
+from lifelong_moe.data.tokens.shards import TokenizedCorpus
 from lifelong_moe.errors import ConfigError
 from lifelong_moe.plan.architecture import Architecture
 from lifelong_moe.plan.disk import DiskNeed, disk_need
 from lifelong_moe.plan.methods import stage_specs
 from lifelong_moe.plan.planned import PlannedStage, planned_base
-from lifelong_moe.plan.spec import BASE
+from lifelong_moe.plan.spec import BASE, StageSpec
 
 
 def plan_stages(config: RunConfig, data: DataIdentity) -> list[PlannedStage]:
@@ -74,8 +77,47 @@ def check_clusters(planned: list[PlannedStage], documents: Mapping[str, int]) ->
         clusters = routing.num_clusters(stage.architecture.generations[-1].experts)
         # With bundles, the first stage's centroids are fitted when the first stage grows, in the same number.
         for one in (stage, planned[0]) if routing.by_generation else (stage,):
-            if clusters > documents[one.spec.data]:
+            if clusters > (there := sum(documents[name] for name in one.spec.new)):
                 raise ConfigError(
                     f"stages[{one.index}]: {clusters} document clusters need as many training documents; "
-                    f"{one.spec.data} has {documents[one.spec.data]}. Set routing.clusters lower."
+                    f"{', '.join(one.spec.new)} has {there}. Set routing.clusters lower."
+                )
+
+
+def new_tokens(spec: StageSpec) -> dict[str, float]:
+    """Tokens of each distribution that a stage learns, without those of replay; exact to a block."""
+    tokens, whole = spec.steps * spec.optim.batch_tokens - spec.replayed_tokens, sum(spec.shares)
+    return {name: tokens * share / whole for name, share in zip(spec.new, spec.shares, strict=True)}
+
+
+def epochs_by_distribution(spec: StageSpec, corpora: Mapping[str, TokenizedCorpus]) -> dict[str, float]:
+    """Passes over the training text of each distribution that a stage learns, without those of replay."""
+    return {name: epochs(tokens, corpora[name].train, spec.model.context) for name, tokens in new_tokens(spec).items()}
+
+
+def check_shares(planned: Sequence[PlannedStage], config: RunConfig, corpora: Mapping[str, TokenizedCorpus]) -> None:
+    """Require a block of training for each distribution of a mixture, and no more passes over a text than is allowed.
+
+    Args:
+        planned: The run's stages.
+        config: The run.
+        corpora: Tokenized text by distribution; what is gone is not counted.
+
+    Raises:
+        ConfigError: Naming the stage, the distribution and what to change.
+    """
+    index = {stage.name: i for i, stage in enumerate(config.stages)}
+    for one in planned:
+        # A joint stage and models from scratch are none of the configuration's.
+        if (i := index.get(one.spec.name)) is None:
+            continue
+        most = config.stages[i].max_epochs
+        for name, tokens in new_tokens(one.spec).items():
+            if tokens < config.model.context and one.spec.mixed:
+                raise ConfigError(small_share(i, name, config.model.context))
+            passes = epochs(tokens, corpora[name].train, config.model.context) if name in corpora else 0.0
+            if most is not None and passes > most:
+                raise ConfigError(
+                    f"stages[{i}].max_epochs={most:g}: {name} would be gone through {passes:.1f} times. Lower its "
+                    f"weight or stages[{i}].tokens, or raise max_epochs."
                 )

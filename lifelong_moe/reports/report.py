@@ -25,7 +25,7 @@ An old distribution is one that a stage before the last one learned, and no late
 ``bytes_per_token``                 {distribution: bytes of text a token}, held-out text
 ``from_scratch``                    {distribution: {``nats_per_token``, ``bits_per_byte``, ``tokens``,
                                     ``active_flops``}} of models that learned only this one, from as many tokens; only
-                                    for ``unrestrained``
+                                    for ``unrestrained``. Of a mixture: of a model that learned only it
 ``stages``                          a list of the stages: see :class:`StageReport`
 ``routing``                         {distribution: {``entropy``, ``max_over_mean``, ``unused_experts``, ``leak``}} after
                                     the last stage
@@ -66,9 +66,10 @@ class StageReport:
 
     name: Name
     data: Name
-    """The stage's distribution."""
+    """The stage's distribution; of a mixture, that with the largest share."""
     learns: Sequence[Name]
-    """Distributions that it trains on to learn them: ``[data]``, or all of a joint stage."""
+    """Distributions by which it is judged: ``[data]``, or all of a joint stage, or those of a mixture that no earlier
+    stage learned (all of them if there are none such)."""
     key: Key
     routing: str
     experts_per_layer: int
@@ -81,7 +82,7 @@ class StageReport:
     tokens_per_second: float
     seconds: float
     epochs: float
-    """Passes over the stage's own text."""
+    """Passes over the stage's own text; of a mixture, the most over one of its distributions."""
     shared: bool
     """Whether another run trained it."""
     weights_sha256: Sha256

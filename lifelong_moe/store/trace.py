@@ -193,7 +193,7 @@ def readers(
             key=stage.key,
             distribution=distribution,
             role=_role(stage.spec, distribution),
-            epochs=stage.metrics.get("epochs"),
+            epochs=(stage.metrics.get("epochs_by_distribution") or {}).get(distribution, stage.metrics.get("epochs")),
             experts=trained_experts(stage, holders(stage)),
         )
         for stage in stages

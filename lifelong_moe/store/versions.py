@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
+from lifelong_moe.plan.spec import own_text
 from lifelong_moe.storage.grammars import Key, Name, Prefix, Sha256
 from lifelong_moe.storage.keys import SHORT
 
@@ -23,7 +24,9 @@ class VersionStage:
     name: Name
     key: Key
     data: Name
-    """Its distribution."""
+    """Its distribution; of a mixture, that with the largest share."""
+    mixed: tuple[Name, ...] = ()
+    """The other distributions of a mixture."""
     action: Action
     """How it was made; ``drop`` and ``consolidate`` derive a model from the one before without training."""
     batch: Sha256 | None = None
@@ -34,6 +37,11 @@ class VersionStage:
     """Least number of sources held out; 1 where it was not recorded."""
     sources: Prefix | None = None
     """Identifies the copy of the batch by sources; see :meth:`lifelong_moe.data.text.batches.BatchStore.sources`."""
+
+    @property
+    def learns(self) -> tuple[str, ...]:
+        """The distributions that it trained on to learn them; none if it was derived without training."""
+        return () if self.action in ("drop", "consolidate") else (self.data, *self.mixed)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,6 +60,12 @@ class Version:
     stages: tuple[VersionStage, ...]
     """The whole chain, oldest first; the last stage is the model."""
 
+    def own_text(self, name: str) -> tuple[str, ...]:
+        """The distributions by which one of its stages is judged: see :func:`lifelong_moe.plan.spec.own_text`."""
+        at = [stage.name for stage in self.stages].index(name)
+        earlier = {text for stage in self.stages[:at] for text in stage.learns}
+        return own_text((self.stages[at].data, *self.stages[at].mixed), earlier)
+
     @property
     def key(self) -> str:
         """Key of the version's model."""
@@ -64,7 +78,10 @@ def base_stages(chain: Sequence[CommittedStage]) -> tuple[VersionStage, ...]:
     Args:
         chain: See :meth:`lifelong_moe.store.stages.StageStore.chain`.
     """
-    return tuple(VersionStage(name=stage.name, key=stage.key, data=stage.spec.data, action="base") for stage in chain)
+    return tuple(
+        VersionStage(name=one.name, key=one.key, data=one.spec.data, mixed=one.spec.mixed, action="base")
+        for one in chain
+    )
 
 
 def describe(version: Version) -> str:

@@ -5,7 +5,7 @@ A derived stage's content address consists of its source and the operation; its 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ from lifelong_moe.errors import ConfigError
 from lifelong_moe.growth.remove import remove_generation
 from lifelong_moe.model.transformer import LanguageModel
 from lifelong_moe.plan.architecture import Architecture
-from lifelong_moe.plan.spec import StageSpec
+from lifelong_moe.plan.spec import StageSpec, own_text
 from lifelong_moe.storage.keys import content_key
 from lifelong_moe.store.record import StageRecord
 from lifelong_moe.store.stages import CommittedStage, StageStore
@@ -113,7 +113,8 @@ def what_remains(chain: Sequence[CommittedStage], name: str) -> list[str]:
     # Derived stages carry their source's specification, so they would count it twice.
     trained = [stage for stage in chain if stage.derived is None]
     index = next(i for i, stage in enumerate(trained) if stage.name == name)
-    own, found = trained[index].spec, []
+    own, found = trained[index].spec, list[str]()
+    texts = own_text(own.learns, {text for stage in trained[:index] for text in stage.spec.learns})
     # Without a trunk section the shared parts train like everything else.
     trunk = own.trunk.train if own.trunk else TrunkTraining.full
     if trunk in (TrunkTraining.full, TrunkTraining.gentle):
@@ -121,21 +122,21 @@ def what_remains(chain: Sequence[CommittedStage], name: str) -> list[str]:
     if own.grow and own.grow.old_lr_scale > 0:
         found.append(f"older experts trained on it (grow.old_lr_scale={own.grow.old_lr_scale:g})")
     for stage in trained[index + 1 :]:
-        found += [f"stage {stage.name} {how}" for how in _carried_on(stage.spec, own.data)]
+        found += [f"stage {stage.name} {how}" for how in _carried_on(stage.spec, texts)]
     return found
 
 
-def _carried_on(spec: StageSpec, data: str) -> list[str]:
-    """Ways in which a later stage learned from text of ``data``, or from a model that had learned it."""
+def _carried_on(spec: StageSpec, texts: Collection[str]) -> list[str]:
+    """Ways in which a later stage learned from some texts, or from a model that had learned them."""
     # Bundles choose by centroids, and other modes without rows by labels: only learned rows compete with older ones.
     routes_anew = spec.routing.mode == "learned" and not spec.routing.by_generation
-    ways = {
-        f"learned {data} itself": spec.data == data,
-        f"replayed {data}": spec.data != data and data in spec.reads,
+    ways = {f"learned {text} itself": text in spec.new for text in texts}
+    ways |= {f"replayed {text}": text not in spec.new and text in spec.reads for text in texts}
+    ways |= {
         "trained on text that a model with it had written": spec.generates,
         "was distilled from a model with it": spec.distill is not None,
         "weighted its penalty by text that a model with it had written": spec.measures_generated,
-        f"weighted its penalty by {data}": data in spec.fisher_data,
+        **{f"weighted its penalty by {text}": text in spec.fisher_data for text in texts},
         "initialized its experts as copies of the most used ones, possibly its own": spec.grow is not None
         and spec.grow.init == ExpertInit.copy,
         "trained its router rows in competition with its own": spec.grow is not None and routes_anew,

@@ -25,7 +25,7 @@ from lifelong_moe.storage.verified import verify_directory
 from lifelong_moe.store.stages import load_weights
 from lifelong_moe.training.continuing import continued_model
 from lifelong_moe.training.loop.context import StageModels, StageRun
-from lifelong_moe.training.loop.data import text_sample, written_sample
+from lifelong_moe.training.loop.data import new_text_sample, text_sample, written_sample
 from lifelong_moe.training.loop.optimizer import freeze_for_finetuning, freeze_trunk
 from lifelong_moe.training.restore import initial_model
 
@@ -79,7 +79,7 @@ def _grow(model: LanguageModel, run: StageRun) -> None:
     generation = spec.generation(tokens)
     if spec.grow is None or generation is None:
         return
-    sample = text_sample(model, spec, run.corpora_before[spec.data], spec.grow.sample_tokens)
+    sample = new_text_sample(model, spec, run.corpora_before, spec.grow.sample_tokens)
     added = run.data.added[run.planned.index] if tokens else None
     pieces = pieces_of(added, added.vocab_size - tokens) if added is not None else []
     near_ties = grow(model, generation, spec.grow, sample, run.seed, pieces)

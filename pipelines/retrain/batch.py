@@ -74,13 +74,14 @@ def _candidate_trainer(tick: Tick, new: NewDocuments, texts: Texts, interrupt: I
     """
     now = tick.head.champion
     for stage in now.stages:
-        known = tick.store.get(stage.key).split.get(stage.data)
-        corpus = texts.corpora.get(stage.data)
-        if corpus is not None and known is not None and known != (found := corpus.split_hash):
-            raise ConfigError(
-                f"distributions.{stage.data}: its training text is {found[:16]}, but stage {stage.name} was trained on "
-                f"{known[:16]}. Bring that text back, or begin another run."
-            )
+        split = tick.store.get(stage.key).split
+        for name in (stage.data, *stage.mixed):
+            known, corpus = split.get(name), texts.corpora.get(name)
+            if corpus is not None and known is not None and known != (found := corpus.split_hash):
+                raise ConfigError(
+                    f"distributions.{name}: its training text is {found[:16]}, but stage {stage.name} was trained on "
+                    f"{known[:16]}. Bring that text back, or begin another run."
+                )
     # Noted before the text is written: whoever is killed in between, the next tick knows that there is text to remove.
     tick.open_batch(new.hash)
     tick.batches.add(new.documents, new.files, new.mode)

@@ -56,7 +56,7 @@ def measure_batch(
     new = _view(trainer, candidate, trainer.new, config, seed)
     views = {
         name: _view(trainer, candidate, name, config, seed)
-        for name in candidate.measurements.measurable(without=trainer.new)
+        for name in candidate.measurements.measurable(without=[trainer.new])
     }
     drifts = {}
     for name, view in views.items():

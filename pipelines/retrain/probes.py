@@ -87,7 +87,7 @@ def probe(trainer: CandidateTrainer, candidate: Candidate, probes: int) -> Probe
         structure_upper=structure.upper,
         forgetting=_largest(one.upper for one in forgotten.values()),
         forgetting_lower=_largest(lower_bounds),
-        leak=_largest(trainer.leak(stage, short, name) for name in short.measurements.measurable(without=new)),
+        leak=_largest(trainer.leak(stage, short, name) for name in short.measurements.measurable(without=[new])),
         parameters_fraction=(candidate.planned.parameters.total - old) / old,
         cost_fraction=_cost_fraction(trainer, candidate, probes),
     )

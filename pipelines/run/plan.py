@@ -10,7 +10,6 @@ from rich.table import Table
 from lifelong_moe.clustering.unigrams import unigram_divergence
 from lifelong_moe.config.load import LoadedConfig, written_config
 from lifelong_moe.data.formats.progress import telling
-from lifelong_moe.data.tokens.packing import epochs
 from lifelong_moe.measures import duration
 from lifelong_moe.plan.advice import (
     beginning,
@@ -26,7 +25,7 @@ from lifelong_moe.plan.memory import LIBRARIES_BYTES, memory_need
 from lifelong_moe.plan.planned import PlannedStage
 from lifelong_moe.plan.published import sentence as published_sentence
 from lifelong_moe.plan.spec import BASE
-from lifelong_moe.plan.stages import stage_need
+from lifelong_moe.plan.stages import epochs_by_distribution, stage_need
 from lifelong_moe.storage.keys import SHORT
 from lifelong_moe.store.runs import RunRecord
 from lifelong_moe.store.speeds import measured_speed
@@ -56,6 +55,11 @@ def plan(loaded: LoadedConfig, console: Console) -> dict[str, Any]:
     disk = run_need([stage_need(stage, prepared.config) for stage in todo])
     seconds, how_long = _time(todo, prepared, store)
     _print(console, rows, disk, how_long)
+    for planned, row in zip(prepared.plan, rows, strict=True):
+        if planned.spec.mixed:
+            console.print(
+                render.mixture_sentence(planned.spec, {name: one["epochs"] for name, one in row["mixture"].items()})
+            )
     for sentence in sentences(prepared, came, found):
         console.print(sentence)
     for sentence in beginning(prepared.config, prepared.data.tokenizer.bos_id, prepared.data.tokenizer.bos_name):
@@ -69,7 +73,7 @@ def plan(loaded: LoadedConfig, console: Console) -> dict[str, Any]:
     for sentence in warnings:
         console.print(sentence, style="yellow")
     advice = growth_advice(prepared.plan, _divergence(prepared), written)
-    gone = [stage.data for stage in prepared.config.stages if stage.data in prepared.data.gone]
+    gone = [name for name in prepared.config.trained if name in prepared.data.gone]
     if gone and any(row["action"] == "train" for row in rows):
         names = ", ".join(dict.fromkeys(gone))
         advice.append(f"how near new text is to {names} cannot be told: that text is gone.")
@@ -96,19 +100,21 @@ def plan(loaded: LoadedConfig, console: Console) -> dict[str, Any]:
 
 
 def _divergence(prepared: Prepared) -> dict[str, dict[str, float]]:
-    """Unigram divergence of each distribution's text from that of each earlier one."""
+    """Unigram divergence of each distribution's text from that of each one of a stage before its first."""
     vocab_size, there = prepared.data.tokenizer.vocab_size, prepared.data.corpora
-    names = [name for name in dict.fromkeys(s.data for s in prepared.config.stages) if name in there]
-    text = {name: prepared.data.corpora[name].train.tokens[:COMPARED_TOKENS] for name in names}
-    return {
-        name: {old: unigram_divergence(text[name], text[old], vocab_size) for old in names[:i]}
-        for i, name in enumerate(names)
-    }
+    found: dict[str, dict[str, float]] = {}
+    for stage in prepared.config.stages:
+        new = [name for name in stage.learns if name in there and name not in found]
+        text = {name: there[name].train.tokens[:COMPARED_TOKENS] for name in (*found, *new)}
+        found |= {name: {old: unigram_divergence(text[name], text[old], vocab_size) for old in found} for name in new}
+    return found
 
 
 def _row(i: int, prepared: Prepared, store: StageStore) -> dict[str, Any]:
     planned = prepared.plan[i]
     spec, count, committed = planned.spec, planned.parameters, store.find(planned.key)
+    passes = _epochs(planned, prepared, committed)
+    shares = {name: share / sum(spec.shares) for name, share in zip(spec.new, spec.shares, strict=True)}
     before = None
     if spec.parent is not None:
         base = prepared.base if spec.parent == BASE else None
@@ -126,7 +132,8 @@ def _row(i: int, prepared: Prepared, store: StageStore) -> dict[str, Any]:
         "parameters_active": count.active,
         "parameters_trainable": planned.trainable,
         "tokens": planned.tokens,
-        "epochs": _epochs(planned, prepared, committed),
+        "epochs": max(passes.values()),
+        "mixture": {name: {"share": shares[name], "epochs": passes[name]} for name in spec.new if spec.mixed},
         "replay_fraction": spec.replay.fraction,
         "teacher_tokens": spec.teacher_tokens,
         "active_flops": planned.flops,
@@ -135,13 +142,13 @@ def _row(i: int, prepared: Prepared, store: StageStore) -> dict[str, Any]:
     }
 
 
-def _epochs(planned: PlannedStage, prepared: Prepared, committed: CommittedStage | None) -> float:
-    """Passes of the stage over its own text."""
-    spec, corpus = planned.spec, prepared.data.corpora.get(planned.spec.data)
-    # Text that is gone cannot be counted; the committed stage recorded the number.
-    if corpus is None and committed is not None:
-        return float(committed.metrics["epochs"])
-    return epochs(planned.tokens - spec.replayed_tokens, prepared.data.corpora[spec.data].train, spec.model.context)
+def _epochs(planned: PlannedStage, prepared: Prepared, committed: CommittedStage | None) -> dict[str, float]:
+    """Passes of the stage over each distribution that it learns."""
+    spec, corpora = planned.spec, prepared.data.corpora
+    # Text that is gone cannot be counted; the committed stage recorded the numbers.
+    if committed is not None and not set(spec.new) <= set(corpora):
+        return dict(committed.metrics.get("epochs_by_distribution") or {spec.data: float(committed.metrics["epochs"])})
+    return epochs_by_distribution(spec, corpora)
 
 
 def _time(todo: list[PlannedStage], prepared: Prepared, store: StageStore) -> tuple[float | None, str]:

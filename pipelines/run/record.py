@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from rich.console import Console
@@ -99,7 +100,7 @@ class MlflowRecord:
         self._tell(replaced=(), **({"run": run_id, "stages": {}, "logged": {}} if run_id != known else {}))
         self.tracker.log_text(run_id, config_yaml(whole_config(self.prepared.loaded.raw)), CONFIG)
         for name, record in self.prepared.data.records.items():
-            context = "training" if name in {s.data for s in config.stages} else "evaluation"
+            context = "training" if name in config.trained else "evaluation"
             self._dataset(run_id, name, record.train_hash, context)
 
     def _dataset(self, run_id: str | None, name: str, digest: str, context: str) -> None:
@@ -186,7 +187,12 @@ class MlflowRecord:
         self._log(planned, [run_id], usage_rows(own.tokens, own.active_flops, own.seconds, index, own.training))
         self.tracker.set_note(run_id, note)
         config = self.prepared.config
-        tags = {"stage_key": planned.key, "stage": planned.spec.name, "run": config.run, "data": planned.spec.data}
+        tags = {
+            "stage_key": planned.key,
+            "stage": planned.spec.name,
+            "run": config.run,
+            "data": ", ".join(planned.spec.new),
+        }
         if planned.parent_key:
             tags["parent_key"] = planned.parent_key
         tags["weights_sha256"] = stage.weights_hash
@@ -205,22 +211,23 @@ class MlflowRecord:
         page = self.tracker.run_page(known) if known else ""
         return f"[{name}]({page})" if page else name
 
-    def scratch_done(self, planned: PlannedStage, stage: CommittedStage, own: Evaluation | None) -> None:
-        """Log a model trained from scratch: its distribution's loss, on the parent; its cost, on a child of its own.
+    def scratch_done(self, planned: PlannedStage, stage: CommittedStage, own: Mapping[str, Evaluation]) -> None:
+        """Log a model trained from scratch: its distributions' loss, on the parent; its cost, on a child of its own.
 
         Reports count the cost apart from the run's.
 
         Args:
             planned: The stage that begins from scratch.
             stage: It, committed.
-            own: Its evaluation; None once the held-out text is gone, and then no loss is logged.
+            own: Its evaluation on what it learned, by distribution; without one whose held-out text is gone.
         """
         if not self.active:
             return
         if self._open is None:
             self.stage_begins(planned, adds=True)
-        run_id, data = self.told.stages.get(planned.key), planned.spec.data
-        self._log(planned, [self.told.run], [] if own is None else [row("from_scratch", own.bits_per_byte, 0, data)])
+        run_id = self.told.stages.get(planned.key)
+        losses = [row("from_scratch", found.bits_per_byte, 0, name) for name, found in own.items()]
+        self._log(planned, [self.told.run], losses)
         self._log(
             planned, [run_id], usage_rows(planned.tokens, planned.flops, stage.metrics["seconds"], 0, stage.metrics)
         )

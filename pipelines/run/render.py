@@ -13,6 +13,7 @@ from rich.text import Text
 from lifelong_moe.evaluation.routing import dead_experts
 from lifelong_moe.measures import MEASURES
 from lifelong_moe.plan.planned import PlannedStage
+from lifelong_moe.plan.spec import StageSpec
 from lifelong_moe.reports.report import Report
 from lifelong_moe.reports.verdict import report_verdict
 from lifelong_moe.store.stages import CommittedStage
@@ -54,7 +55,7 @@ def data_table(console: Console, prepared: Prepared) -> None:
     tokenizer = data.tokenizer
     console.print(f"tokenizer: {tokenizer.vocab_size:,} entries, {tokenizer.hash[:12]}")
     for number, (stage, added) in enumerate(data.identity.added.items(), start=1):
-        name = prepared.config.stages[stage].data
+        name = prepared.config.stages[stage].learns[0]
         there = data.later.corpora.get((name, number))
         read = "" if there is None else f"; {name} has {there.train.bytes_per_token:.2f} bytes/token with them"
         console.print(f"stages[{stage}] adds {added.number:,} tokens to it, {added.tokenizer.hash[:12]}{read}")
@@ -81,6 +82,18 @@ def stage_line(
     losses = ", ".join(f"{name} {found.bits_per_byte:.3f}" for name, found in evaluations.items())
     how = "shared with another run" if shared else f"{stage.metrics['tokens_per_second']:,.0f} tokens/s"
     console.print(f"{planned.spec.name}: committed as {planned.key[:16]} ({how}); bits per byte: {losses}")
+    if passes := stage.metrics.get("epochs_by_distribution"):
+        console.print(mixture_sentence(planned.spec, passes))
+
+
+def mixture_sentence(spec: StageSpec, passes: Mapping[str, float]) -> str:
+    """Shares of a stage's mixture, and how often it goes through each distribution."""
+    whole = sum(spec.shares)
+    parts = (
+        f"{name} {share / whole:.1%} ({passes[name]:.2f} epochs)"
+        for name, share in zip(spec.new, spec.shares, strict=True)
+    )
+    return f"{spec.name}: a mixture of {', '.join(parts)}"
 
 
 def report(console: Console, reports: list[Report]) -> None:
@@ -152,9 +165,10 @@ def summary_lines(one: Report) -> list[tuple[str, str]]:
     last, final = one.stages[-1], one.bits_per_byte[-1]
     # Right after each stage, without the first: plasticity is about what comes later.
     learned = [
-        one.bits_per_byte[i][one.distributions.index(stage.data)]
+        one.bits_per_byte[i][one.distributions.index(name)]
         for i, stage in enumerate(one.stages)
-        if i > 0 and stage.data in one.distributions
+        for name in stage.learns
+        if i > 0 and name in one.distributions
     ]
     lines = [("method", one.method), ("routing", last.routing), ("seed", str(one.seed))]
     lines += _forgetting_lines(one)

@@ -82,4 +82,7 @@ def usage_rows(tokens: int, flops: float, seconds: float, step: int, training: M
     for field, key in others.items():
         if isinstance(value := training.get(field), (int, float)):
             rows.append(row(key, float(value), step))
+    passes = training.get("epochs_by_distribution")
+    if isinstance(passes, Mapping):
+        rows += [row("own_epochs", float(value), step, str(name)) for name, value in passes.items()]
     return rows

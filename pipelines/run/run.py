@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
+from fractions import Fraction
 from functools import partial
 from pathlib import Path
 
@@ -22,7 +23,7 @@ from lifelong_moe.model.transformer import LanguageModel
 from lifelong_moe.plan.advice import beginning, idle_retention, noncausal_routing, other_separator, unheld
 from lifelong_moe.plan.methods import RECIPES
 from lifelong_moe.plan.planned import PlannedStage
-from lifelong_moe.plan.spec import BASE, BASE_NAME
+from lifelong_moe.plan.spec import BASE, BASE_NAME, own_text
 from lifelong_moe.plan.stages import chain
 from lifelong_moe.reports.report import Report, RunResults, ScratchReport, StageReport, build_report
 from lifelong_moe.reports.verdict import report_verdict
@@ -168,13 +169,14 @@ def _run_stages(
                 measured = measurements.evaluations(planned.key, distributions)
             render.stage_line(console, planned, stage, shared, measured)
             if planned.is_from_scratch:
-                if planned.spec.data in measured:
-                    results.from_scratch[planned.spec.data] = _scratch_row(planned, measured[planned.spec.data])
-                mlflow.scratch_done(planned, stage, measured.get(planned.spec.data))
+                own = own_text(planned.spec.learns, _learned(results))
+                found = {name: measured[name] for name in own if name in measured}
+                results.from_scratch |= {name: _scratch_row(planned, name, one) for name, one in found.items()}
+                mlflow.scratch_done(planned, stage, found)
                 _note_commit(opened, planned)
                 continue
             results.evaluations.append(measured)
-            results.stages.append(_stage_row(planned, stage, shared))
+            results.stages.append(_stage_row(planned, stage, shared, _learned(results)))
             report = build_report(results, stage_births(stage, prepared.plan))
             # Files before MLflow: the report is complete even if MLflow is unreachable.
             _note_commit(opened, planned, report)
@@ -319,23 +321,29 @@ def stage_births(stage: CommittedStage, plan: list[PlannedStage]) -> list[list[i
     return [[place[name] for name in stage.architecture.expert_births(layer)] for layer in layers]
 
 
-def _scratch_row(planned: PlannedStage, own: Evaluation) -> ScratchReport:
-    """The report on a model that learned one distribution from scratch."""
+def _learned(results: RunResults) -> set[str]:
+    """The distributions that the stages so far have learned."""
+    return {name for stage in results.stages for name in stage.learns}
+
+
+def _scratch_row(planned: PlannedStage, name: str, own: Evaluation) -> ScratchReport:
+    """The report on a model that learned one distribution from scratch; of a mixture, a distribution's part in it."""
+    share = Fraction(planned.spec.shares[planned.spec.new.index(name)], sum(planned.spec.shares))
     return ScratchReport(
         nats_per_token=own.nats_per_token,
         bits_per_byte=own.bits_per_byte,
-        tokens=planned.tokens,
-        active_flops=planned.flops,
+        tokens=round(planned.tokens * share),
+        active_flops=round(planned.flops * share),
     )
 
 
-def _stage_row(planned: PlannedStage, stage: CommittedStage, shared: bool) -> StageReport:
-    """A stage's entry in the report."""
+def _stage_row(planned: PlannedStage, stage: CommittedStage, shared: bool, earlier: Collection[str]) -> StageReport:
+    """A stage's entry in the report; ``earlier`` is what the stages before it learned."""
     metrics = dict(stage.metrics)
     return StageReport(
         name=planned.spec.name,
         data=planned.spec.data,
-        learns=list(planned.spec.learns),
+        learns=list(own_text(planned.spec.learns, earlier)),
         key=planned.key,
         routing=planned.routing,
         experts_per_layer=planned.architecture.num_experts,

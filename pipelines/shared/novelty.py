@@ -56,7 +56,7 @@ class NewDocuments:
 def read_texts(config: RunConfig, known: Remembered | None = None) -> Texts:
     """Read the documents of a run's distributions; near copies of held-out text are left out of the training text."""
     sources = {name: config.distributions[name] for name in config.evaluated}
-    found = documents.read_texts(sources, [stage.data for stage in config.stages], CACHE, known or Remembered())
+    found = documents.read_texts(sources, config.trained, CACHE, known or Remembered())
     found.remember()
     return found
 

@@ -12,6 +12,8 @@ from pipelines.shared.workspace import Prepared
 
 CONFIG = "config.yaml"
 KEYS = {
+    "mixed": "mixture.others",
+    "mix_weights": "mixture.weights",
     "replayed": "replay.distributions",
     "replay_weights": "replay.weights",
     "replay_fraction": "replay.fraction",

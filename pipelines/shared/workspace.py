@@ -19,7 +19,7 @@ from lifelong_moe.plan.key import SCHEMA
 from lifelong_moe.plan.memory import require_memory
 from lifelong_moe.plan.methods import added_vocabulary
 from lifelong_moe.plan.planned import PlannedBase, PlannedStage, planned_base
-from lifelong_moe.plan.stages import check_clusters, plan_stages, stage_need
+from lifelong_moe.plan.stages import check_clusters, check_shares, plan_stages, stage_need
 from lifelong_moe.routing.registry import build_router
 from lifelong_moe.storage.keys import SHORT
 from lifelong_moe.store.head import RunHead
@@ -79,6 +79,7 @@ def prepare(loaded: LoadedConfig, memory: dict[str, PreparedData] | None = None)
     data = read_data(config, memory, remembered(head, written_config(loaded.raw)))
     plan = plan_stages(config, data.identity)
     check_clusters(plan, {name: record.documents for name, record in data.records.items()})
+    check_shares(plan, config, data.corpora)
     require_text(plan, data, head)
     return Prepared(loaded, data, plan)
 
@@ -151,9 +152,11 @@ def further_training(head: RunHead, plan: list[PlannedStage], store: StageStore)
         return ""
     if replace(stage.spec, tokens=spec.tokens) != spec:
         return ""
+    parts = (f"{name}: {share}" for name, share in zip(spec.new, spec.shares, strict=True))
+    told = f"{{{', '.join(parts)}}}" if spec.mixed else spec.data
     return (
         f" Stage {spec.name} is committed with {before:,} tokens; to train it further, leave it as it is and append a "
-        f"stage {{data: {spec.data}, continues: {spec.name}}}."
+        f"stage {{data: {told}, continues: {spec.name}}}."
     )
 
 
@@ -167,9 +170,8 @@ def read_data(
         memory: See :func:`prepare`.
         known: Records and held-out documents that replace text that is gone.
     """
-    trained = [stage.data for stage in config.stages]
     used = {name: config.distributions[name] for name in config.evaluated}
-    asked = (used, config.tokenizer, trained, config.model.context)
+    asked = (used, config.tokenizer, config.trained, config.model.context)
     vocabulary = added_vocabulary(config)
     known = known or Remembered()
     if not config.evaluate.keep_heldout:

@@ -185,7 +185,7 @@ class CandidateTrainer:
 
     def _generations_known(self, distribution: str) -> list[str]:
         """Generations that existed when a distribution was learned; all of the champion's if it never was."""
-        stage = next((s for s in self.champion.stages if s.data == distribution and s.action != "drop"), None)
+        stage = next((stage for stage in self.champion.stages if distribution in stage.learns), None)
         learned = self.parent if stage is None else self.store.get(stage.key)
         return [g.stage for g in learned.architecture.generations]
 

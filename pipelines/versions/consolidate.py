@@ -61,7 +61,7 @@ def consolidate(run: str, stage: str, experts: int, console: Console, overrides:
             console.print(f"{name}: held-out text, if kept, says how experts are used: {error}")
         with console.status(f"{stage}: looking for experts that are alike"):
             made, merged = _merged(store, source, served, before, stage, experts)
-        verdict = gate_derived(store, before, made, served, None, settings, console)
+        verdict = gate_derived(store, before, made, served, (), settings, console)
         print_verdict(console, verdict)
         outcome = "promoted" if verdict.passed else "rejected"
         if verdict.passed:

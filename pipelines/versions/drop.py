@@ -100,8 +100,8 @@ def drop(
         verdict = None
         # If nothing remains, the model is exactly as if the stage had never been added: no gate.
         if candidate.remains and served is not None:
-            data = next(s.data for s in before.stages if s.name == stage)
-            verdict = gate_derived(store, before, candidate.stage, served, data, settings, console)
+            own = before.own_text(stage)
+            verdict = gate_derived(store, before, candidate.stage, served, own, settings, console)
             print_verdict(console, verdict)
         # Without a gate it is promoted: nothing remains of the stage, or the operator said --no-gate.
         passed = verdict is None or verdict.passed
@@ -138,8 +138,7 @@ def _served(head: RunHead, version: Version, store: StageStore, stage: str) -> M
     if stage not in names or names.index(stage) in (0, len(names) - 1) or not what_remains(chain, stage):
         return None
     try:
-        data = next(s.data for s in version.stages if s.name == stage)
-        return served_measurements(head, version, store, without=data)
+        return served_measurements(head, version, store, without=version.own_text(stage))
     except TryAgainError:
         raise
     except LifelongError as error:

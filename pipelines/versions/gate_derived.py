@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import replace
 
 from rich.console import Console
@@ -26,14 +27,16 @@ from pipelines.versions.gating import kinds_of_text
 from pipelines.versions.served import served_stages
 
 
-def served_measurements(head: RunHead, version: Version, store: StageStore, without: str | None = None) -> Measurements:
+def served_measurements(
+    head: RunHead, version: Version, store: StageStore, without: Collection[str] = ()
+) -> Measurements:
     """Measurements on a version's distributions, from the run's stored configuration and batches.
 
     Args:
         head: The run's head.
         version: The run's champion.
         store: Committed stages.
-        without: A distribution that may be gone.
+        without: Distributions that may be gone.
 
     Raises:
         ConfigError, DataError: If text is gone that nothing is recorded of, or none is left to measure on.
@@ -56,7 +59,7 @@ def gate_derived(
     version: Version,
     stage: CommittedStage,
     served: Measurements,
-    without: str | None,
+    without: Collection[str],
     config: GateConfig,
     console: Console,
 ) -> Verdict:
@@ -67,7 +70,7 @@ def gate_derived(
         version: The champion.
         stage: The derived stage.
         served: Measurements on the version's distributions.
-        without: A distribution that does not count, since it is meant to be forgotten.
+        without: Distributions that do not count, since they are meant to be forgotten.
         config: Limits and level.
         console: Output for people.
     """

@@ -33,7 +33,7 @@ def gate(
         best: Best loss of each old distribution so far.
     """
     new, before = trainer.new, trainer.parent
-    old, losses = candidate.measurements.measurable(without=new), candidate.measurements.losses
+    old, losses = candidate.measurements.measurable(without=[new]), candidate.measurements.losses
     peers = {}
     for name in old:
         # A loss on other held-out text is no baseline. Then, and if that stage is gone, the champion stands in.
@@ -68,6 +68,9 @@ def kinds_of_text(version: Version, store: StageStore) -> dict[str, str]:
             continues = store.get(stage.key).spec.continues
             by_stage[stage.name] = by_stage.get(continues or "", kinds.get(stage.data, stage.data))
             kinds.setdefault(stage.data, by_stage[stage.name])
+            # A mixture is of several kinds, of which the first one stands for those that continue it.
+            for name in stage.mixed:
+                kinds.setdefault(name, name)
     return kinds
 
 
@@ -85,15 +88,15 @@ def best_losses(trainer: CandidateTrainer, candidate: Candidate, best: Mapping[s
     measurements = candidate.measurements
     found = updated_best(measurements, trainer.parent, best, measurements.measurable())
     for learned in trainer.champion.stages:
-        if learned.action in ("drop", "consolidate") or learned.data not in measurements.measurable():
+        if not (names := [name for name in learned.learns if name in measurements.measurable()]):
             continue
         if (stage := trainer.store.find(learned.key)) is None:
             trainer.console.print(
-                f"Stage {learned.name} is not in the store any more: the best that {learned.data} ever had is counted "
-                f"without it.",
+                f"Stage {learned.name} is not in the store any more: the best that {', '.join(names)} ever had is "
+                f"counted without it.",
             )
             continue
-        found = updated_best(measurements, stage, found, [learned.data])
+        found = updated_best(measurements, stage, found, names)
     return found
 
 
@@ -116,7 +119,7 @@ def old_losses(
 ) -> tuple[dict[str, DocumentLosses], dict[str, DocumentLosses]]:
     """Losses of a stage and of the champion on every old distribution."""
     measurements = candidate.measurements
-    old = measurements.measurable(without=trainer.new)
+    old = measurements.measurable(without=[trainer.new])
     # One model after the other: each is loaded once.
     after = {name: measurements.losses(stage.key, name) for name in old}
     return after, {name: measurements.losses(trainer.parent.key, name) for name in old}

@@ -85,6 +85,12 @@ CONFIGS: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     "infinite": (lambda c: c["stage_defaults"]["optim"].update(lr=float("inf")), "must be finite"),
     "not a number": (lambda c: c["stage_defaults"]["optim"].update(lr=float("nan")), "lr=nan"),
     "an unknown distribution": (lambda c: c["stages"].append({"data": "fruits"}), "Did you mean fruit?"),
+    "a mixture of an unknown distribution": (
+        lambda c: c["stages"].append({"data": {"fruit": 1, "cod": 1}}), "Did you mean code?"),
+    "a mixture of one": (lambda c: c["stages"].append({"data": {"fruit": 1}}), "one alone is data: NAME"),
+    "a weight that is no number": (lambda c: c["stages"].append({"data": {"fruit": "a", "code": 1}}), "positive"),
+    "a share of less than a block": (
+        lambda c: c["stages"].append({"data": {"fruit": 1, "code": 100_000}}), "less than a block"),
     "no such file": (lambda c: c["distributions"]["fruit"].update(files="none.jsonl"), "none.jsonl: no such file"),
     "a folder": (lambda c: c["distributions"]["fruit"].update(files="."), "is a directory"),
     "two sources": (lambda c: c["distributions"]["fruit"].update(builtin="english_docs"), "exactly one of builtin"),

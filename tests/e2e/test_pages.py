@@ -29,6 +29,7 @@ import pytest
 import typer
 from omegaconf import OmegaConf
 
+from lifelong_moe.config.data import TextMixture
 from lifelong_moe.config.load import read_config
 from lifelong_moe.data.text import builtin
 from lifelong_moe.interop.layout.complete import with_checkpoint
@@ -225,7 +226,8 @@ class Reader:
             write_checkpoint("llama", config.model["from"], texts=["a text"] * 9)
             config.model = {**snippet.model, "context": quickstart().model.context}
             config.tokenizer = {}
-        own = [stage.data for stage in snippet.get("stages", []) if stage.data not in config.distributions]
+        learned = [name for stage in snippet.get("stages", []) for name in TextMixture.of(stage.data).names]
+        own = [name for name in learned if name not in config.distributions]
         if own:
             texts = zip(own, ("english_docs", "python_code"), strict=True)
             config.distributions = {name: {"builtin": one} for name, one in texts}

@@ -50,7 +50,7 @@ def candidate_of(*names: str) -> Any:
 def test_what_has_no_held_out_text_is_left_out_and_said() -> None:
     candidate = candidate_of("fruit", "moss", "code", "new")
     found = candidate.measurements
-    assert found.measurable() == ["fruit", "code", "new"] and found.measurable(without="new") == ["fruit", "code"]
+    assert found.measurable() == ["fruit", "code", "new"] and found.measurable(without=["new"]) == ["fruit", "code"]
     said = "moss is not measured: its text is gone, and no held-out text of it was kept."
     assert found.unmeasurable() == [said]
     trainer, _ = trainer_of(stage("a", "fruit"), stage("m", "moss"), stage("c", "code"))

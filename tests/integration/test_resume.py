@@ -57,6 +57,13 @@ MODES: dict[str, dict[str, Any]] = {
         "model": {"document_mask": True},
         "stage_defaults": {"trunk": {"train": "deltas", "rank": 2}},
     },
+    "mixture": {  # of which the later one rehearses old text and distils half of its new text
+        "routing": EVEN,
+        "stages": [
+            {"name": "fruit", "data": {"fruit": 0.7, "sea": 0.3}},
+            {"name": "code", "data": {"code": 2, "fruit": 1}, "distill": {"text": "new", "fraction": 0.5}},
+        ],
+    },
     "settling": {  # old experts and router rows stop half way; layer 0 does not grow
         "routing": EVEN,
         "stage_defaults": {
@@ -152,6 +159,8 @@ def measured(report: dict[str, Any]) -> dict[str, Any]:
         ("ewc", ("code", "train", 6), False, "code: continuing from step-0-00000004"),
         ("generated", ("code", "train", 6), False, "code: continuing from step-0-00000004"),
         ("deltas", ("code", "train", 8), True, "code: continuing from step-0-00000008"),
+        ("mixture", ("fruit", "train", 6), False, "fruit: continuing from step-0-00000004"),
+        ("mixture", ("code", "train", 8), True, "code: continuing from step-0-00000008"),
         ("settling", ("code", "train", 8), True, "code: continuing from step-0-00000008"),
     ],
 )

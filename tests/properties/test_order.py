@@ -5,7 +5,7 @@ from fractions import Fraction
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lifelong_moe.data.tokens.order import SampleOrder, StepBatchSampler
+from lifelong_moe.data.tokens.order import MixtureTurns, SampleOrder, StepBatchSampler
 
 sizes = st.lists(st.integers(1, 12), min_size=2, max_size=4)
 shares = st.integers(0, 100).map(lambda percent: percent / 100)
@@ -46,6 +46,47 @@ def test_every_round_gives_each_source_its_turns(sources: list[tuple[int, int]],
         drawn = [block for one, block in seen if one == source]
         for start in range(0, len(drawn) - size + 1, size):
             assert sorted(drawn[start : start + size]) == list(range(size))
+
+
+mixtures = st.lists(st.sampled_from([1, 2, 3, 7, 10, 97, 1000]), min_size=1, max_size=9)
+
+
+@given(mixtures, st.integers(1, 700))
+def test_no_source_of_a_mixture_is_ever_a_whole_turn_off_its_share(weights: list[int], length: int) -> None:
+    turns, counts, whole = MixtureTurns(weights), [0] * len(weights), sum(weights)
+    for n in range(length):
+        source, earlier = turns.at(n)
+        assert earlier == counts[source]
+        counts[source] += 1
+        assert all(abs(count * whole - (n + 1) * weight) < whole for count, weight in zip(counts, weights, strict=True))
+    if length % whole == 0:
+        assert counts == [length // whole * weight for weight in weights]
+
+
+@given(mixtures, st.lists(st.integers(0, 3000), min_size=1, max_size=20))
+def test_any_turn_can_be_asked_for(weights: list[int], asked: list[int]) -> None:
+    turns = MixtureTurns(weights)
+    assert [turns.at(n) for n in asked] == [MixtureTurns(weights).at(n) for n in asked]
+
+
+@given(mixtures, st.lists(st.integers(1, 5), max_size=2), shares, seeds, st.integers(1, 300))
+def test_a_mixture_holds_its_shares_within_the_new_text(
+    weights: list[int], old: list[int], share: float, seed: int, length: int
+) -> None:
+    share = share if old else 0.0
+    order = SampleOrder([3] * len(weights) + old, share, seed, None, weights)
+    drawn = [order.at(n) for n in range(length)]
+    new = [source for source, _ in drawn if source < len(weights)]
+    assert len(new) == length - order.num_replayed(length)
+    for source, weight in enumerate(weights):
+        assert abs(new.count(source) - Fraction(len(new) * weight, sum(weights))) < 1
+        blocks = [block for one, block in drawn if one == source]
+        assert all(sorted(blocks[i : i + 3]) == [0, 1, 2] for i in range(0, len(blocks) - 2, 3))
+        # Samples are counted by source, so that a share of them can be taken from each.
+        places = [order.place(n) for n in range(length) if drawn[n][0] == source]
+        assert places == [(False, i) for i in range(len(places))]
+    replayed = [order.place(n) for n in range(length) if drawn[n][0] >= len(weights)]
+    assert replayed == [(True, i) for i in range(len(replayed))]
 
 
 @given(sizes, shares, seeds, st.lists(st.integers(0, 500), min_size=1, max_size=30))

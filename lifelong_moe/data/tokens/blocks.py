@@ -171,15 +171,15 @@ class BlockDataset(Dataset[dict[str, Tensor]]):
     ``domain_ids`` and ``teacher_domain_ids``, aligned with the inputs, 0 without domains; ``mask``, bool, False on
     padding, which is BOS, lies at the end and belongs to the last document; ``scored``, bool, False there and where a
     target is part of a prompt. Scalars: ``sample``, which is n; ``replayed``, bool; ``ordinal``, how many samples of
-    the same kind (new, or replayed) came before; and ``block``, the block's number among those of all sources: the
-    same block has the same number whenever it comes.
+    the same kind (replayed, or new and of the same source) came before; and ``block``, the block's number among those
+    of all sources: the same block has the same number whenever it comes.
     """
 
     def __init__(self, sources: Sequence[BlockSource | RowSource], order: SampleOrder) -> None:
         """Join sources and order.
 
         Args:
-            sources: Source 0 is the new text, the others are replayed.
+            sources: The first ones are the new text, the others are replayed.
             order: Made for these sources' numbers of blocks.
         """
         self._sources = list(sources)
@@ -200,10 +200,7 @@ class BlockDataset(Dataset[dict[str, Tensor]]):
 
     def place(self, n: int) -> tuple[bool, int]:
         """Return ``replayed`` and ``ordinal`` of sample ``n``, which need no text."""
-        before = self._order.num_replayed(n)
-        # The order is a pure function of n, so no counter needs to survive a resume.
-        replayed = self._order.num_replayed(n + 1) > before
-        return replayed, before if replayed else n - before
+        return self._order.place(n)
 
     def sizes(self, n: int) -> tuple[int, int]:
         """Return how many tokens of sample ``n`` are real, and how many of their targets count."""

@@ -40,7 +40,7 @@ def block_borders(shard: TokenShard, context: int) -> NDArray[np.int64]:
     return np.array(borders, dtype=np.int64)
 
 
-def epochs(positions: int, shard: TokenShard, context: int) -> float:
+def epochs(positions: float, shard: TokenShard, context: int) -> float:
     """Return the number of passes over a shard; at 1 every token was an input once.
 
     Args:

@@ -62,6 +62,6 @@ def stage_looks(
         share * loop_flops(spec, architecture, parent),
         forward_flops_per_token(architecture),
         pass_flops(architecture, Text.mixed(architecture)),
-        # The text of the stage's own distribution is read twice: for its loss, and to compare predictions.
+        # The text of a distribution of the stage's own is read twice: for its loss, and to compare predictions.
         distributions + 1,
     )

@@ -6,7 +6,7 @@ The held-out pairs choose the step, so their loss at that step is optimistic; me
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, TypedDict
@@ -103,21 +103,27 @@ class EarlyStopping(Callback):
             parameters[name].copy_(tensor)
 
 
-def early_stopping(spec: StageSpec, corpus: TokenizedCorpus, work: Path) -> EarlyStopping | None:
+def early_stopping(spec: StageSpec, corpora: Mapping[str, TokenizedCorpus], work: Path) -> EarlyStopping | None:
     """The callback for early stopping; None if all steps are taken.
 
     Args:
         spec: The stage.
-        corpus: Its text, whose held-out part is measured.
+        corpora: Text by distribution; the held-out part of what it learns is measured, by shares where it is a mixture.
         work: The stage's work directory.
     """
     config = spec.finetune
     if config is None or config.patience is None:
         return None
-    windows = evaluation_windows(corpus.heldout, spec.model.context, config.held_out_tokens)
+    windows = {
+        name: evaluation_windows(corpora[name].heldout, spec.model.context, config.held_out_tokens) for name in spec.new
+    }
 
     def measure(model: LanguageModel) -> float:
-        found = evaluate(model, windows, distribution=spec.data, batch_tokens=spec.optim.batch_tokens)
-        return found.nats_per_token
+        losses = [
+            evaluate(model, one, distribution=name, batch_tokens=spec.optim.batch_tokens).nats_per_token
+            for name, one in windows.items()
+        ]
+        # Without a mixture the loss itself, to the last bit.
+        return sum(loss * share for loss, share in zip(losses, spec.shares, strict=True)) / sum(spec.shares)
 
     return EarlyStopping(config, measure, work)

@@ -38,8 +38,8 @@ class Watched:
     """What is looked at in a stage, and when."""
 
     stage: str
-    own: str
-    """The distribution that the stage learns."""
+    own: tuple[str, ...]
+    """The distributions by which the stage is judged; on the first one predictions are compared."""
     texts: Mapping[str, EvaluationSet]
     """Excerpts of held-out text by distribution, the stage's own among them; each excerpt is a document."""
     steps: int
@@ -70,7 +70,7 @@ class Start:
     def of(cls, watched: Watched, model: LanguageModel) -> Start:
         """Measure it."""
         nats = {name: found.nats for name, found in watched.losses(model).items()}
-        own, tokens = watched.own, watched.batch_tokens
+        own, tokens = watched.own[0], watched.batch_tokens
         return cls(nats, Predictions.of(model, watched.texts[own], distribution=own, batch_tokens=tokens))
 
     def save(self, path: Path) -> None:
@@ -96,7 +96,7 @@ class Start:
             return None
         found = load_weights(verify_directory(path), FILE)
         nats = {name: found.pop(f"nats/{name}", torch.empty(0)).numpy() for name in watched.texts}
-        tokens = watched.texts[watched.own].num_tokens
+        tokens = watched.texts[watched.own[0]].num_tokens
         try:
             said = Predictions(found.pop("ids"), found.pop("logs"), found.pop("rest"))
             kept = said.ids_TK.shape[1]
@@ -155,13 +155,13 @@ class ForgettingWatch(Callback):
         if start is None or not at_boundary or step not in watched.after:
             return
         model: LanguageModel = pl_module.model  # type: ignore[assignment]
-        found, own, tokens = watched.losses(model), watched.own, watched.batch_tokens
+        found, own, tokens = watched.losses(model), watched.own[0], watched.batch_tokens
         kl = start.predictions.divergence(model, watched.texts[own], distribution=own, batch_tokens=tokens)
         self._log(trainer, {name: one.nats for name, one in found.items()}, kl)
         rises = {
             name: paired_rise(start.nats[name], one.nats, one.tokens, watched.texts[name].num_bytes)
             for name, one in found.items()
-            if name != own
+            if name not in watched.own
         }
         self._warn(step, rises, kl)
 
@@ -189,5 +189,5 @@ class ForgettingWatch(Callback):
                 "on %s is %.2f nats a token",
                 self.watched.stage, 100 * step / self.watched.steps,
                 ", ".join(f"{rise.bits_per_byte:.2f} ± {rise.error:.2f} on {name}" for name, rise in falling),
-                self.watched.own, kl,
+                self.watched.own[0], kl,
             )  # fmt: skip

@@ -20,7 +20,7 @@ from lifelong_moe.model.transformer import LanguageModel
 from lifelong_moe.plan.architecture import Architecture
 from lifelong_moe.plan.phase import Phase
 from lifelong_moe.plan.planned import PlannedStage
-from lifelong_moe.plan.spec import StageSpec
+from lifelong_moe.plan.spec import StageSpec, own_text
 from lifelong_moe.retention.penalty import WeightAnchor
 from lifelong_moe.storage.keys import SHORT
 from lifelong_moe.store.stages import CommittedStage, StageStore
@@ -95,15 +95,24 @@ class StageRun:
         return self.data.corpora if self.before is None else self.data.corpora_by(self.before.vocabulary_of)
 
     @cached_property
-    def known(self) -> list[str]:
-        """Distributions with held-out text that the parent's model has learned, oldest first, but the stage's own."""
+    def _learned(self) -> list[str]:
+        """Distributions that the parent's model has learned, oldest first."""
         chain = [] if self.parent is None else self.environment.store.chain(self.parent.key)
         made = [stage.derived or {} for stage in chain]
         dropped = {one.get("stage") for one in made if one.get("derived") == "drop"}
         # A derived stage repeats its source's specification, and a checkpoint's says nothing of its text.
         learned = [s.spec.learns for s in chain if s.derived is None and s.name not in dropped]
-        names = dict.fromkeys(name for names in learned for name in names if name in self.data.heldout)
-        return [name for name in names if name not in self.spec.learns]
+        return list(dict.fromkeys(name for names in learned for name in names))
+
+    @property
+    def own(self) -> tuple[str, ...]:
+        """The distributions by which the stage is judged."""
+        return own_text(self.spec.learns, self._learned)
+
+    @property
+    def known(self) -> list[str]:
+        """Distributions with held-out text that the parent's model has learned, oldest first, but the stage's own."""
+        return [name for name in self._learned if name in self.data.heldout and name not in self.own]
 
     @property
     def before(self) -> Architecture | None:

@@ -9,7 +9,7 @@ step on.
 from __future__ import annotations
 
 import signal
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import chain
 
@@ -133,20 +133,21 @@ def phase_dataset(
     """
     model, teacher = models.model, models.teacher
     bos, context = model.architecture.bos_id, spec.model.context
-    # Source 0 is the new text; SampleOrder deals the others in rounds.
+    # New text first; SampleOrder deals the others in rounds.
     sources: list[BlockSource | RowSource] = []
-    for name in (spec.data, *spec.reads):
+    for name in (*spec.new, *spec.reads):
         shard = corpora[name].train
         teacher_domains = teacher.domain_ids(shard, name) if teacher else None
-        bound = spec.buffer_blocks if name != spec.data else None
+        bound = None if name in spec.new else spec.buffer_blocks
         # Replayed text is old text: its generation is the one that evaluation would choose.
-        domains = training_domain_ids(model, spec, shard) if name == spec.data else model.domain_ids(shard, name)
+        domains = training_domain_ids(model, spec, shard, name) if name in spec.new else model.domain_ids(shard, name)
         sources.append(BlockSource(shard, context, bos, domains, teacher_domains, bound))
     if models.generated is not None:
         sources.append(generated_source(model, teacher, models.generated))
     # Generated text is one source, whatever distributions its model had learned.
-    weights = (1,) * (len(sources) - 1) if spec.generates else spec.replay_weights
-    return BlockDataset(sources, SampleOrder([len(s) for s in sources], phase.replay_fraction, seed, weights))
+    weights = (1,) * (len(sources) - len(spec.new)) if spec.generates else spec.replay_weights
+    blocks = [len(source) for source in sources]
+    return BlockDataset(sources, SampleOrder(blocks, phase.replay_fraction, seed, weights, spec.shares))
 
 
 def written_sample(model: LanguageModel, rows: NDArray[np.int64]) -> dict[str, Tensor]:
@@ -167,13 +168,38 @@ def text_sample(
         tokens: Wanted number, rounded down to whole blocks; at least one block.
         limit: Draw from the first blocks only, as many as replay keeps.
     """
-    shard, bos_id = corpus.train, model.architecture.bos_id
-    source = BlockSource(shard, spec.model.context, bos_id, limit=limit)
+    return _drawn(model, spec, [corpus], (1,), tokens, limit)
+
+
+def new_text_sample(
+    model: LanguageModel, spec: StageSpec, corpora: Mapping[str, TokenizedCorpus], tokens: int
+) -> dict[str, Tensor]:
+    """As :func:`text_sample`, of the stage's new text: of a mixture, each distribution has its share."""
+    return _drawn(model, spec, [corpora[name] for name in spec.new], spec.shares, tokens)
+
+
+def _drawn(
+    model: LanguageModel,
+    spec: StageSpec,
+    corpora: Sequence[TokenizedCorpus],
+    shares: Sequence[int],
+    tokens: int,
+    limit: int | None = None,
+) -> dict[str, Tensor]:
+    """Blocks drawn from the training text of distributions, in the order of a mixture with these shares."""
+    bos, context = model.architecture.bos_id, spec.model.context
+    sources = [BlockSource(corpus.train, context, bos, limit=limit) for corpus in corpora]
     # The first blocks of a random permutation, not of the text, whose beginning may be one long document.
-    order = SampleOrder([len(source)], 0.0, spec.seed)
-    count = min(len(source), max(1, tokens // spec.model.context))
-    wanted_D = source.documents([order.at(n)[1] for n in range(count)])
-    dataset = BlockDataset([replace(source, domain_ids=_domains_of(model, corpus.name, shard, wanted_D))], order)
+    order = SampleOrder([len(source) for source in sources], 0.0, spec.seed, new_weights=shares)
+    count = min(sum(map(len, sources)), max(1, tokens // context))
+    drawn: list[list[int]] = [[] for _ in sources]
+    for source, block in map(order.at, range(count)):
+        drawn[source].append(block)
+    assigned = [
+        replace(one, domain_ids=_domains_of(model, corpus.name, one.shard, one.documents(blocks))) if blocks else one
+        for one, corpus, blocks in zip(sources, corpora, drawn, strict=True)
+    ]
+    dataset = BlockDataset(assigned, order)
     return _stacked([dataset[n] for n in range(count)], model)
 
 

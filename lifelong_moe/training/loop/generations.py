@@ -19,13 +19,16 @@ from lifelong_moe.model.transformer import LanguageModel
 from lifelong_moe.plan.spec import StageSpec
 
 
-def training_domain_ids(model: LanguageModel, spec: StageSpec, shard: TokenShard) -> NDArray[np.integer] | None:
+def training_domain_ids(
+    model: LanguageModel, spec: StageSpec, shard: TokenShard, name: str
+) -> NDArray[np.integer] | None:
     """Generation (or document cluster, or label) of each token of the text that a stage learns, ``(num_tokens,)``.
 
     Args:
         model: Grown, its centroids fitted.
         spec: The stage.
-        shard: Training text of ``spec.data``.
+        shard: Training text of a distribution that the stage learns.
+        name: The distribution.
 
     Returns:
         In a mixture the generation that this stage trains. Else as ``model.domain_ids``, but the first chunk of a
@@ -35,7 +38,7 @@ def training_domain_ids(model: LanguageModel, spec: StageSpec, shard: TokenShard
     trained = len(architecture.generations) - 1 if spec.grow is not None else architecture.continued
     if architecture.mixture is not None and trained is not None:
         return np.full(shard.num_tokens, trained, np.min_scalar_type(trained))
-    ids = model.domain_ids(shard, spec.data)
+    ids = model.domain_ids(shard, name)
     if ids is None or architecture.routing.bundles != Bundles.cluster or trained is None:
         return ids
     # No text precedes a first chunk, so evaluation and sampling give it to the first generation. That one is frozen and

@@ -19,24 +19,25 @@ from __future__ import annotations
 import json
 import logging
 import math
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 
-from lifelong_moe.data.tokens.packing import epochs
 from lifelong_moe.data.tokens.shards import TokenizedCorpus
 from lifelong_moe.errors import CorruptError
 from lifelong_moe.growth.observe import observe
 from lifelong_moe.model.transformer import LanguageModel
 from lifelong_moe.plan.flops import loop_flops, stage_flops
 from lifelong_moe.plan.spec import StageSpec
+from lifelong_moe.plan.stages import epochs_by_distribution
 from lifelong_moe.storage.files import write_atomic
 from lifelong_moe.storage.plain import from_plain
 from lifelong_moe.storage.stored import read_stored
 from lifelong_moe.tracking.provenance import machine
 from lifelong_moe.training.callbacks.stopping import StoppingReport
 from lifelong_moe.training.loop.context import StageRun
-from lifelong_moe.training.loop.data import text_sample
+from lifelong_moe.training.loop.data import new_text_sample
 from lifelong_moe.training.loop.device import configured_device
 from lifelong_moe.training.loop.rollback import MAX_NONFINITE
 
@@ -104,7 +105,9 @@ class StageMetrics:
     """Last point of each training curve, if it is finite."""
     trainable_parameters: int
     epochs: float
-    """Over the new text."""
+    """Over the new text; of a mixture, over the distribution that was gone through most often."""
+    epochs_by_distribution: dict[str, float] | None
+    """Over the text of each distribution of a mixture."""
     assignment_churn: float | None
     """Share of a sample's assignments to fixed centroids that the last phase changed."""
     stopping: StoppingReport | None
@@ -128,10 +131,10 @@ def stage_metrics(model: LanguageModel, run: StageRun, measured: list[PhaseMeasu
         measured: Of each phase.
         rollbacks: Of the whole stage.
     """
-    spec, corpus = run.spec, run.corpora[run.spec.data]
+    spec, corpora = run.spec, run.corpora
     taken, last = _as_taken(spec, measured), measured[-1]
     seconds, tokens = sum(m.seconds for m in measured), taken.tokens
-    joules = _total_joules([m.joules for m in measured])
+    joules, passes = _total_joules([m.joules for m in measured]), epochs_by_distribution(taken, corpora)
     return StageMetrics(
         tokens=tokens,
         steps=taken.steps,
@@ -149,10 +152,11 @@ def stage_metrics(model: LanguageModel, run: StageRun, measured: list[PhaseMeasu
         # JSON has no NaN; nonfinite_steps says why a loss is absent.
         final={name: value for name, value in last.final.items() if math.isfinite(value)},
         trainable_parameters=sum(p.numel() for p in model.parameters() if p.requires_grad),
-        epochs=epochs(tokens - taken.replayed_tokens, corpus.train, spec.model.context),
+        epochs=max(passes.values()),
+        epochs_by_distribution=passes if spec.mixed else None,
         assignment_churn=last.assignment_churn,
         stopping=last.stopping,
-        new_expert_share=_new_expert_share(model, spec, corpus) if spec.grow else None,
+        new_expert_share=_new_expert_share(model, spec, corpora) if spec.grow else None,
         machine=machine(),
         device=configured_device(run.environment.trainer).type,
     )
@@ -175,10 +179,10 @@ def _total_joules(joules: list[float | None]) -> float | None:
     return (sum(known) or None) if len(known) == len(joules) else None
 
 
-def _new_expert_share(model: LanguageModel, spec: StageSpec, corpus: TokenizedCorpus) -> float:
+def _new_expert_share(model: LanguageModel, spec: StageSpec, corpora: Mapping[str, TokenizedCorpus]) -> float:
     """Smallest share of the new text's assignments that any new expert gets; warn if it is below ``min_share``."""
     assert spec.grow is not None
-    sample = text_sample(model, spec, corpus, spec.grow.sample_tokens)
+    sample = new_text_sample(model, spec, corpora, spec.grow.sample_tokens)
     # Growth may be restricted to some layers.
     grown = [layer for layer in range(spec.model.layers) if model.architecture.generations[-1].experts_in(layer)]
     counts = [seen.counts_E for seen in observe(model, sample)]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
@@ -25,7 +25,7 @@ from lifelong_moe.training.callbacks.resuming import Resumption
 from lifelong_moe.training.callbacks.stopping import early_stopping
 from lifelong_moe.training.callbacks.watch import ForgettingWatch, Watched
 from lifelong_moe.training.loop.context import PhaseRun, StageModels
-from lifelong_moe.training.loop.data import StageData, phase_dataset, text_sample
+from lifelong_moe.training.loop.data import StageData, new_text_sample, phase_dataset
 from lifelong_moe.training.loop.device import rounds_products
 from lifelong_moe.training.loop.execution import execution_options, expert_dropout, isolated_documents, tf32
 from lifelong_moe.training.loop.fit import PhaseFit
@@ -47,13 +47,12 @@ def train_phase(module: StageModule, models: StageModels, run: PhaseRun) -> Phas
         ResourceError: If the device's memory is full.
     """
     model, spec, config = models.model, run.stage.spec, run.stage.environment.trainer
-    corpus = run.stage.corpora[spec.data]
     _restore_or_seed(module, run)
     if config.cache_teacher and models.teacher is not None:
         module.teacher_cache = TeacherCache(run.stage.work / f"teacher-{run.number}", spec.model.context)
     # After restoring: centroids in the checkpoint decide the generation of each token of the data.
     data = StageData(phase_dataset(models, spec, run.phase, run.stage.corpora, run.seed), run)
-    meter, stopping = _meter(models, run), early_stopping(spec, corpus, run.stage.work)
+    meter, stopping = _meter(models, run), early_stopping(spec, run.stage.corpora, run.stage.work)
     watch = _watch(model, run)
     model.train()
     with _training_context(models, run), _explained_full_memory(spec):
@@ -85,7 +84,7 @@ def _restore_or_seed(module: StageModule, run: PhaseRun) -> None:
     else:
         # Of noise, jitter and dropout. Every phase seeds anew, so that it does not depend on the draws before it.
         torch.manual_seed(run.seed)
-        module.assignments_before = _sample_assignments(module.model, spec, run.stage.corpora[spec.data])
+        module.assignments_before = _sample_assignments(module.model, spec, run.stage.corpora)
 
 
 def _meter(models: StageModels, run: PhaseRun) -> Meter:
@@ -98,9 +97,10 @@ def _meter(models: StageModels, run: PhaseRun) -> Meter:
 def _watch(model: LanguageModel, run: PhaseRun) -> ForgettingWatch | None:
     """What warns of forgetting in the phase; None where there is nothing to lose, or the stage affords no look."""
     stage, spec, before = run.stage, run.stage.spec, run.stage.before
-    names = [name for name in (*stage.known, spec.data) if name in stage.data.heldout]
+    own = tuple(name for name in stage.own if name in stage.data.heldout)
+    names = [*stage.known, *own]
     # Without its own text there is nothing to compare predictions on.
-    if before is None or spec.data not in names:
+    if before is None or not own:
         return None
     # What a mixture reads old text with is frozen. A new generation begins as a copy that doubles another's weight, so
     # that its going its own way would look like a loss.
@@ -113,7 +113,7 @@ def _watch(model: LanguageModel, run: PhaseRun) -> ForgettingWatch | None:
     parts = {name: excerpts(stage.data.heldout_by(name, vocabulary_of(name)), context, looks.tokens) for name in names}
     watched = Watched(
         stage=spec.name,
-        own=spec.data,
+        own=own,
         texts={name: evaluation_windows(part, context, part.num_tokens) for name, part in parts.items()},
         steps=spec.steps,
         after=looks.steps(spec.steps),
@@ -174,19 +174,19 @@ def _churn(module: StageModule, run: PhaseRun) -> float | None:
     if module.assignments_before is None:
         return None
     spec = run.stage.spec
-    after = _sample_assignments(module.model, spec, run.stage.corpora[spec.data])
+    after = _sample_assignments(module.model, spec, run.stage.corpora)
     # Those of before may have come from a step checkpoint.
     if after is None or after.shape != module.assignments_before.shape:
         raise CorruptError(f"{run.stage.work}: its step checkpoints are not of this stage; remove it to begin again.")
     return churn(module.assignments_before.flatten().numpy(), after.flatten().numpy())
 
 
-def _sample_assignments(model: LanguageModel, spec: StageSpec, corpus: TokenizedCorpus) -> Tensor | None:
+def _sample_assignments(model: LanguageModel, spec: StageSpec, corpora: Mapping[str, TokenizedCorpus]) -> Tensor | None:
     """First expert of each real token of a sample, by layer; None unless fixed centroids read hidden states."""
     # Only there do weights that train move the assignments, although the centroids stay.
     if not spec.routing.clusters_hidden:
         return None
-    sample = text_sample(model, spec, corpus, 4 * spec.model.context)
+    sample = new_text_sample(model, spec, corpora, 4 * spec.model.context)
     model.eval()
     with torch.no_grad():
         output = model(TokenBatch.of(sample))

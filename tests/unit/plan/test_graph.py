@@ -5,16 +5,18 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 
 from lifelong_moe.config.retention import DistillText, PenaltyKind, ReplaySource
 from lifelong_moe.config.run import Method, RunConfig
 from lifelong_moe.data.tokens.identity import DataIdentity, TokenizerIdentity
+from lifelong_moe.data.tokens.shards import TokenizedCorpus, TokenShard
 from lifelong_moe.errors import ConfigError
 from lifelong_moe.plan.methods import RECIPES, stage_specs
 from lifelong_moe.plan.planned import PlannedStage
 from lifelong_moe.plan.spec import StageSpec
-from lifelong_moe.plan.stages import chain, plan_stages
+from lifelong_moe.plan.stages import chain, check_shares, plan_stages
 
 MakeRun = Callable[..., RunConfig]
 TOKENIZER = TokenizerIdentity({"vocab_size": 300}, "t")
@@ -193,6 +195,84 @@ def test_joint_of_shares_without_a_common_measure(specs_of: Specs) -> None:
     (spec,) = specs_of("joint", stages=[{"data": name, "tokens": count} for name, count in tokens.items()])
     # A round of at most a thousand turns: one for every 1501 tokens, so 333.1 and 666.2.
     assert spec.replay_weights == (333, 666)
+
+
+MIXED: list[dict[str, Any]] = [
+    {"data": {"english": 0.7, "python": 0.3}},
+    {"data": {"python": 1, "poems": 3}},
+    {"data": "english"},
+]
+
+
+def test_a_mixture_in_a_chain(specs_of: Specs) -> None:
+    first, second, third = specs_of("lifelong", "stage_defaults.penalty.kind=ewc", stages=MIXED)
+    assert (first.name, first.data, first.mixed, first.mix_weights) == (
+        "english-python",
+        "english",
+        ("python",),
+        (7, 3),
+    )
+    # The largest share first, and what is learned is not replayed beside it.
+    assert (second.name, second.new, second.shares) == ("poems-python", ("poems", "python"), (3, 1))
+    assert second.replayed == second.fisher_data == ("english",)
+    assert (third.mixed, third.mix_weights, third.replayed) == ((), (), ("python", "poems"))
+
+
+def test_the_same_mixture_has_one_form(specs_of: Specs) -> None:
+    forms = ({"english": 0.75, "python": 0.25}, {"python": 1, "english": 3}, {"english": 30, "python": 10.0})
+    first, *others = [specs_of("sequential", stages=[{"data": form}])[0] for form in forms]
+    assert all(other == first for other in others)
+
+
+def test_each_distribution_of_a_mixture_gets_the_generations_label(make_run: MakeRun) -> None:
+    keys = ("routing.mode=label", "routing.top_k=2", "model.document_mask=true", "stage_defaults.penalty.kind=none")
+    sections = ("stage_defaults.review.fraction=0", *keys)
+    found = plan(everything(make_run, "lifelong", *sections, stages=MIXED[:2]))
+    assert found[0].architecture.labels == (("english", 0), ("python", 0))
+    assert dict(found[1].architecture.labels) == {"english": 0, "python": 1, "poems": 1}
+
+
+def test_joint_of_mixtures(specs_of: Specs) -> None:
+    (spec,) = specs_of("joint", stages=MIXED)
+    # English 448 + 640, Python 192 + 160, poems 480.
+    assert (spec.new, spec.replayed, spec.tokens) == (("english",), ("python", "poems"), 1920)
+    assert spec.replay.fraction == pytest.approx(1 - 1088 / 1920) and spec.replay_weights == (11, 15)
+
+
+def test_a_mixture_is_learned_from_scratch_as_a_whole(make_run: MakeRun) -> None:
+    found = plan(everything(make_run, "unrestrained", stages=MIXED))
+    assert [(one.spec.name, one.spec.new) for one in found if one.is_from_scratch] == [
+        ("poems-python.scratch", ("poems", "python")),
+        ("english.scratch", ("english",)),
+    ]
+
+
+def test_a_share_of_less_than_a_block_is_refused(make_run: MakeRun) -> None:
+    config = everything(make_run, "sequential", stages=[{"data": {"english": 39, "python": 1}, "tokens": 640}])
+    check_shares(plan(config), config, {})  # 640 tokens are 40 blocks of 16
+    with pytest.raises(ConfigError, match=r"^stages\[0\].data.python: its share of the new text is less than a block"):
+        everything(make_run, "sequential", stages=[{"data": {"english": 40, "python": 1}, "tokens": 640}])
+    # A quarter is replayed.
+    stages: list[dict[str, Any]] = [{"data": "poems"}, {"data": {"english": 39, "python": 1}}]
+    config = everything(make_run, "replay", stages=stages)
+    with pytest.raises(ConfigError, match=r"^stages\[1\].data.python: its share"):
+        check_shares(plan(config), config, {})
+
+
+def test_more_passes_than_allowed_are_refused(make_run: MakeRun) -> None:
+    shard = TokenShard(np.zeros(64, dtype=np.uint16), np.array([0, 64]), np.array([64]))
+    corpora = {name: TokenizedCorpus(name, shard, shard, "t", "h", "s") for name in ("english", "python")}
+    stage: dict[str, Any] = {"data": {"english": 3, "python": 1}, "tokens": 640}
+    for most, name, passes in ((7.5, None, None), (7.4, "english", "7.5"), (2.5, "english", "7.5")):
+        config = everything(make_run, "sequential", stages=[stage | {"max_epochs": most}])
+        if name is None:
+            check_shares(plan(config), config, corpora)
+            continue
+        with pytest.raises(ConfigError, match=rf"^stages\[0\].max_epochs={most}: {name} .* {passes} times"):
+            check_shares(plan(config), config, corpora)
+    config = everything(make_run, "sequential", stages=[{"data": "python", "tokens": 640, "max_epochs": 9}])
+    with pytest.raises(ConfigError, match=r"max_epochs=9: python would be gone through 10.0 times"):
+        check_shares(plan(config), config, corpora)
 
 
 def test_unrestrained(make_run: MakeRun) -> None:

@@ -19,12 +19,13 @@ from lifelong_moe.plan.flops import loop_flops, stage_flops
 from lifelong_moe.plan.key import stage_key
 from lifelong_moe.plan.methods import stage_specs
 from lifelong_moe.plan.phase import Phase, Trains
-from lifelong_moe.plan.spec import StageSpec
+from lifelong_moe.plan.spec import StageSpec, own_text
+from lifelong_moe.storage.plain import PlainError
 from tests.conftest import routing_of
 
 MakeRun = Callable[..., RunConfig]
 TOKENIZER = TokenizerIdentity({"vocab_size": 300}, "t")
-HASHES = {"english": "e", "python": "p"}
+HASHES = {"english": "e", "python": "p", "poems": "o"}
 
 
 def later_spec(make_run: MakeRun, *overrides: str) -> StageSpec:
@@ -86,6 +87,8 @@ SCALARS: dict[str, Any] = {
     "finetune": FinetuneConfig(),
     "vocabulary": VocabularyConfig(add=2),
     "text_ends": (3,),
+    "mixed": ("poems",),
+    "mix_weights": (7, 2),
 }
 
 
@@ -93,10 +96,44 @@ SCALARS: dict[str, Any] = {
 def test_every_field_of_the_stage_is_in_the_key(later: StageSpec, field: str) -> None:
     # Text that nobody writes has no ends, and all other stages the keys that they had.
     before = dataclasses.replace(later, replay=WRITTEN) if field == "text_ends" else later
+    if field.startswith("mix"):
+        before = dataclasses.replace(later, mixed=("english",), mix_weights=(3, 1))
     if field in SCALARS:
         assert key_of(dataclasses.replace(before, **{field: SCALARS[field]})) != key_of(before)
     else:  # sections: key by key in test_effective.py; processes: below
         assert field in {"optim", "model", "routing", "processes"}
+
+
+def test_a_mixture_is_in_the_key_with_the_text_of_each_distribution(later: StageSpec) -> None:
+    mixed = dataclasses.replace(later, mixed=("english",), mix_weights=(3, 1))
+    assert not {"mixed", "mix_weights"} & later.to_json().keys()
+    assert StageSpec.from_json(json.loads(json.dumps(mixed.to_json()))) == mixed
+    assert key_of(mixed) != key_of(later)
+    assert key_of(mixed) != key_of(mixed, hashes=HASHES | {"english": "other"})
+    assert (mixed.new, mixed.learns, mixed.shares, later.shares) == (("python", "english"),) * 2 + ((3, 1), (1,))
+    assert set(mixed.uses) == {"python", "english"}
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"mixed": ["english"]},
+        {"mixed": ["english"], "mix_weights": [1]},
+        {"mixed": ["english"], "mix_weights": [1, 0]},
+        {"mixed": ["python"], "mix_weights": [1, 1]},
+        {"mix_weights": [1]},
+    ],
+)
+def test_a_stored_mixture_that_cannot_be_is_refused(later: StageSpec, changes: dict[str, Any]) -> None:
+    with pytest.raises(PlainError, match="mixture"):
+        StageSpec.from_json(json.loads(json.dumps(later.to_json())) | changes)
+
+
+def test_a_stage_is_judged_by_what_no_earlier_stage_learned() -> None:
+    assert own_text(["code", "web"], ["web"]) == ("code",)
+    # All of it comes back.
+    assert own_text(["code", "web"], ["web", "code", "sea"]) == ("code", "web")
+    assert own_text(["code"], ["code"]) == own_text(["code"], []) == ("code",)
 
 
 def test_where_nobody_writes_text_its_ends_have_no_effect(later: StageSpec) -> None:

@@ -39,7 +39,7 @@ class Stage:
 
     def __init__(self, model: LanguageModel, path: Path, first_step: int = 0, **changes: Any) -> None:
         given = {"texts": TEXTS, "after": frozenset({5, 10, 15}), "batch_tokens": 64} | changes
-        self.watch = ForgettingWatch(Watched(stage="three", own="czech", steps=20, **given), first_step, path)
+        self.watch = ForgettingWatch(Watched(stage="three", own=("czech",), steps=20, **given), first_step, path)
         self.model, self.points = model, list[Row]()
         logger = SimpleNamespace(log_metrics=lambda found, step: self.points.append((step, found)))
         self.trainer: Any = SimpleNamespace(global_step=0, accumulate_grad_batches=2, loggers=[logger])

@@ -177,14 +177,14 @@ def test_a_new_text_s_first_chunk_is_learned_by_the_bundle_that_trains(make_run:
     goes_on = stage_specs(make_run(*sets, stages=[{"data": "english"}, {"data": "python"}, {"data": "english"}]))[2]
     model.architecture = dataclasses.replace(model.architecture, frozen=2, continued=0)
     first = training_domain_ids(
-        model, dataclasses.replace(goes_on, grow=None, continues="english"), corpora["english"].train
+        model, dataclasses.replace(goes_on, grow=None, continues="english"), corpora["english"].train, "english"
     )
     assert first is not None and first.tolist() == causal.tolist()
     model.architecture = dataclasses.replace(model.architecture, continued=1)
     second = training_domain_ids(
-        model, dataclasses.replace(goes_on, grow=None, continues="python"), corpora["python"].train
+        model, dataclasses.replace(goes_on, grow=None, continues="python"), corpora["python"].train, "python"
     )
     assert second is not None and second.tolist() == expected.ravel().tolist()
     model.architecture = dataclasses.replace(model.architecture, frozen=1, continued=None)
-    neither = training_domain_ids(model, dataclasses.replace(goes_on, grow=None), corpora["english"].train)
+    neither = training_domain_ids(model, dataclasses.replace(goes_on, grow=None), corpora["english"].train, "english")
     assert neither is not None and neither.tolist() == causal.tolist()
