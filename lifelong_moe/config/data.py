@@ -65,7 +65,7 @@ class TextMixture:
     """The shares in the smallest whole numbers."""
 
     @classmethod
-    def of(cls, data: Any) -> TextMixture:
+    def as_written(cls, data: Any) -> TextMixture:
         """Read ``data`` of a stage: a name, or a mapping from names to positive numbers.
 
         Raises:

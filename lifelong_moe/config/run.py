@@ -86,7 +86,7 @@ class StageConfig:
     def __post_init__(self) -> None:
         require_bounded(self, "")
         # YAML reads a name such as 2024 as a number.
-        self.data = self.data if isinstance(self.data, dict) else TextMixture.of(self.data).names[0]
+        self.data = self.data if isinstance(self.data, dict) else TextMixture.as_written(self.data).names[0]
         self.mixture  # noqa: B018 - for its errors
         if self.max_epochs is not None and not self.max_epochs > 0:
             raise ConfigError(f"max_epochs={self.max_epochs} must be above 0.")
@@ -101,7 +101,7 @@ class StageConfig:
     @property
     def mixture(self) -> TextMixture:
         """The distributions that it learns, with their shares."""
-        return TextMixture.of(self.data)
+        return TextMixture.as_written(self.data)
 
     @property
     def learns(self) -> tuple[str, ...]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from fractions import Fraction
 from functools import partial
@@ -169,10 +169,7 @@ def _run_stages(
                 measured = measurements.evaluations(planned.key, distributions)
             render.stage_line(console, planned, stage, shared, measured)
             if planned.is_from_scratch:
-                own = own_text(planned.spec.learns, _learned(results))
-                found = {name: measured[name] for name in own if name in measured}
-                results.from_scratch |= {name: _scratch_row(planned, name, one) for name, one in found.items()}
-                mlflow.scratch_done(planned, stage, found)
+                mlflow.scratch_done(planned, stage, _add_scratch(results, planned, measured))
                 _note_commit(opened, planned)
                 continue
             results.evaluations.append(measured)
@@ -324,6 +321,16 @@ def stage_births(stage: CommittedStage, plan: list[PlannedStage]) -> list[list[i
 def _learned(results: RunResults) -> set[str]:
     """The distributions that the stages so far have learned."""
     return {name for stage in results.stages for name in stage.learns}
+
+
+def _add_scratch(
+    results: RunResults, planned: PlannedStage, measured: Mapping[str, Evaluation]
+) -> dict[str, Evaluation]:
+    """Add what a model from scratch learned to the results; its evaluation by distribution."""
+    own = own_text(planned.spec.learns, _learned(results))
+    found = {name: measured[name] for name in own if name in measured}
+    results.from_scratch |= {name: _scratch_row(planned, name, one) for name, one in found.items()}
+    return found
 
 
 def _scratch_row(planned: PlannedStage, name: str, own: Evaluation) -> ScratchReport:

@@ -226,7 +226,7 @@ class Reader:
             write_checkpoint("llama", config.model["from"], texts=["a text"] * 9)
             config.model = {**snippet.model, "context": quickstart().model.context}
             config.tokenizer = {}
-        learned = [name for stage in snippet.get("stages", []) for name in TextMixture.of(stage.data).names]
+        learned = [name for stage in snippet.get("stages", []) for name in TextMixture.as_written(stage.data).names]
         own = [name for name in learned if name not in config.distributions]
         if own:
             texts = zip(own, ("english_docs", "python_code"), strict=True)

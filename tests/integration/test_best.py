@@ -10,6 +10,7 @@ from rich.console import Console
 
 from lifelong_moe.evaluation.measurements import Measurements
 from lifelong_moe.store.head import BestLoss
+from lifelong_moe.store.versions import Action, VersionStage
 from pipelines.versions.gating import best_losses, updated_best
 
 NATS = {
@@ -19,11 +20,11 @@ NATS = {
 CORPORA = {name: SimpleNamespace(heldout_hash=name) for name in ("fruit", "code", "also", "new")}
 
 
-def stage(key: str, data: str, action: str = "base") -> SimpleNamespace:
-    return SimpleNamespace(name=f"stage-{key}", key=key, data=data, action=action)
+def stage(key: str, data: str, action: Action = "base") -> VersionStage:
+    return VersionStage(name=f"stage-{key}", key=key, data=data, action=action)
 
 
-def trainer_of(*stages: SimpleNamespace, gone: str = "") -> tuple[Any, io.StringIO]:
+def trainer_of(*stages: VersionStage, gone: str = "") -> tuple[Any, io.StringIO]:
     """A champion of these stages; ``gone`` is not in the store any more."""
     printed = io.StringIO()
     trainer = SimpleNamespace(

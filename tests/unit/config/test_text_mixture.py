@@ -22,29 +22,29 @@ MakeRun = Callable[..., RunConfig]
 
 
 def test_one_distribution() -> None:
-    assert TextMixture.of("web") == TextMixture(("web",), (1,))
+    assert TextMixture.as_written("web") == TextMixture(("web",), (1,))
     # As YAML reads a name that is a number.
-    assert TextMixture.of(2024).names == ("2024",)
+    assert TextMixture.as_written(2024).names == ("2024",)
 
 
 def test_one_name_in_two_forms_is_no_mixture() -> None:
     with pytest.raises(ConfigError, match="must mix two distributions or more"):
-        TextMixture.of({2024: 1, "2024": 1, "web": 1})
+        TextMixture.as_written({2024: 1, "2024": 1, "web": 1})
 
 
 def test_weights_are_exact_and_in_one_form() -> None:
-    found = TextMixture.of({"papers": 0.1, "web": 0.7, "code": 0.2})
+    found = TextMixture.as_written({"papers": 0.1, "web": 0.7, "code": 0.2})
     assert found == TextMixture(("web", "code", "papers"), (7, 2, 1))
-    assert found == TextMixture.of({"web": 70, "code": 20, "papers": 10.0})
+    assert found == TextMixture.as_written({"web": 70, "code": 20, "papers": 10.0})
     assert found.share("code") == Fraction(1, 5)
     # Equal weights in the order of names.
-    assert TextMixture.of({"b": 1, "a": 1}).names == ("a", "b")
+    assert TextMixture.as_written({"b": 1, "a": 1}).names == ("a", "b")
 
 
 @given(st.dictionaries(st.sampled_from("abcdef"), st.integers(1, 10**6), min_size=2), st.integers(1, 50))
 def test_a_common_factor_changes_nothing(weights: dict[str, int], factor: int) -> None:
-    found = TextMixture.of(weights)
-    assert found == TextMixture.of({name: weight * factor for name, weight in weights.items()})
+    found = TextMixture.as_written(weights)
+    assert found == TextMixture.as_written({name: weight * factor for name, weight in weights.items()})
     assert all(found.share(name) == Fraction(weight, sum(weights.values())) for name, weight in weights.items())
 
 

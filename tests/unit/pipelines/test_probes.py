@@ -85,7 +85,7 @@ def probed(
         leak=lambda stage, _, name: {"one": 0.1, "two": 0.3, "new": 0.9}[name],
     )  # fmt: skip
     measurements = SimpleNamespace(
-        measurable=lambda without=None: [n for n in config.evaluated if n != without],
+        measurable=lambda without=(): [n for n in config.evaluated if n not in without],
         losses=lambda key, name, shuffled=False: losses(sides[key, name, shuffled]),
     )
     short = SimpleNamespace(config=config, measurements=measurements)
