@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -21,14 +20,14 @@ from lifelong_moe.model.transformer import LanguageModel
 from lifelong_moe.plan.methods import stage_specs
 from lifelong_moe.retention.penalty import make_anchor
 from lifelong_moe.retention.teacher import make_teacher
-from lifelong_moe.training.callbacks.interrupt import Interrupt
-from lifelong_moe.training.loop.context import PhaseRun, StageModels
+from lifelong_moe.training.loop.context import StageModels
 from lifelong_moe.training.loop.data import StageData, phase_dataset
+from lifelong_moe.training.loop.handover import PhaseJob
 from lifelong_moe.training.loop.module import StageModule
 from lifelong_moe.training.loop.optimizer import phase_parameters, training_only
-from lifelong_moe.training.loop.ranks import run_ranks
 from lifelong_moe.training.loop.rollback import Rollbacks
 from lifelong_moe.training.loop.trainer import build_trainer
+from tests.forked import run_forked
 
 MakeRun = Callable[..., RunConfig]
 MakeModel = Callable[..., LanguageModel]
@@ -118,9 +117,8 @@ def take_steps(begin: Begin, accumulate: int, processes: int = 1) -> tuple[dict[
     config = TrainerConfig(
         accelerator="cpu", devices=processes, accumulate_grad_batches=accumulate, deterministic=False
     )
-    stage: Any = SimpleNamespace(spec=module.spec, environment=SimpleNamespace(trainer=config))
     phase = replace(module.phase, steps=STEPS)
-    data = StageData(dataset, PhaseRun(stage, 0, phase, 0, 0, 0, None, Rollbacks()))
+    data = StageData(dataset, PhaseJob(module.spec, phase, 0, 0, 0, 0, Path(), None, Rollbacks(), config))
     trainer = build_trainer(config, STEPS, [watch])
     with training_only(module.model, phase_parameters(module.model, module.phase).values()):
         trainer.fit(module, data)
@@ -131,11 +129,11 @@ def take_steps_in_ranks(begin: Begin, accumulate: int, processes: int, folder: P
     """:func:`take_steps` in several processes; the weights of the first, and its curves."""
     path = folder / "weights.safetensors"
 
-    def work(rank: int, *_: Any) -> Any:
+    def work(rank: int) -> Any:
         weights, watch = take_steps(begin, accumulate, processes)
         if rank == 0:
             save_file(weights, path)
         return watch.curves
 
-    curves = run_ranks(processes, work, Interrupt(), lambda rows: None, folder / "meeting")
+    curves = run_forked(processes, work, folder)
     return load_file(path), curves

@@ -35,6 +35,7 @@ FLOORS = [
     {"model", "store"},
     {"growth", "retention", "evaluation", "interop", "tracking"},
     {"training/callbacks"},
+    {"training/ranks"},
     {"training/loop"},
     {"training", "reports/figures"},
     {"reports", "serving"},

@@ -187,7 +187,7 @@ class TrainerConfig:
             raise ConfigError(f"trainer.devices={self.devices} must be at most {LARGEST['devices']:,} devices.")
         if self.num_nodes > 1:
             raise ConfigError(f"trainer.num_nodes={self.num_nodes}: a run is on one machine so far. Set it to 1.")
-        # Lightning would start processes of its own; ours are forked once the main process has loaded model and text.
+        # Lightning would start processes of its own; ours begin once the main process has prepared model and text.
         if any(word in self.strategy for word in ("spawn", "fork", "notebook")):
             raise ConfigError(f"trainer.strategy={self.strategy} is not supported; set trainer.strategy=ddp.")
         if self.processes > 1 and (self.accelerator not in ("auto", "cpu") or isinstance(self.devices, list)):

@@ -130,6 +130,37 @@ def hold_frozen(model: nn.Module, kind: FrozenWeights, teacher: nn.Module | None
     return saved
 
 
+def how_held(model: nn.Module) -> dict[str, tuple[str | None, str]]:
+    """How each held matrix is held, by the name that it has as a whole: the type it is stored in, and computed in.
+
+    None for the former is 8 bits. :func:`hold_as` is the inverse.
+    """
+    found = {}
+    for prefix, held in model.named_modules():
+        if isinstance(held, parametrize.ParametrizationList):
+            how = held[0]
+            types = (how.stored, how.computed) if isinstance(how, _Half) else (None, held.original1.dtype)
+            stored, computed = (None if one is None else str(one).removeprefix("torch.") for one in types)
+            assert computed is not None
+            found[prefix.replace(".parametrizations.", ".")] = stored, computed
+    return found
+
+
+def hold_as(model: nn.Module, held: Mapping[str, tuple[str | None, str]]) -> None:
+    """Hold matrices as :func:`how_held` told of another model; the caller then sets what is stored of them.
+
+    Args:
+        model: Of the same architecture, whole; its matrices may be without memory.
+        held: From :func:`how_held`.
+    """
+    for name, (stored, computed) in held.items():
+        owner_name, _, leaf = name.rpartition(".")
+        owner = model.get_submodule(owner_name)
+        weight = getattr(owner, leaf).to(getattr(torch, computed))
+        how = _Int8() if stored is None else _Half(weight, getattr(torch, stored))
+        parametrize.register_parametrization(owner, leaf, how, unsafe=True)
+
+
 def round_frozen(model: nn.Module, teacher: nn.Module | None = None) -> int:
     """Round the frozen matrices of products to bfloat16, in place, as autocast to bfloat16 does in each pass.
 

@@ -40,7 +40,7 @@ class TeacherCache:
             path: A file in the stage's working folder; a second file beside it marks the cached blocks.
             context: Tokens per block (S).
         """
-        self.context, self._path = context, path
+        self.context, self.path = context, path
         self._hidden, self._known = (self._opened(p) for p in (path, path.with_suffix(".known")))
 
     def _opened(self, path: Path) -> int:
@@ -65,7 +65,7 @@ class TeacherCache:
             size = 4 * self.context * width
             # Before memory is taken for it, which a false mark could make any amount.
             if os.fstat(self._hidden).st_size < (block + 1) * size:
-                raise CorruptError(f"{self._path}: holds no block {block}; remove it to compute it again.")
+                raise CorruptError(f"{self.path}: holds no block {block}; remove it to compute it again.")
             kept = np.frombuffer(os.pread(self._hidden, size, block * size), dtype=np.float32)
             return kept.reshape(self.context, width)
         answer = ask()[0].float().cpu().numpy()

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
-from typing import Any
+from collections.abc import Mapping
+from contextlib import nullcontext
 
-import torch
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 
 from lifelong_moe.config.routing.topk import CustomRouterConfig
 from lifelong_moe.errors import CorruptError
@@ -17,6 +14,7 @@ from lifelong_moe.plan.architecture import Architecture
 from lifelong_moe.storage.stored import naming
 from lifelong_moe.store.stages import CommittedStage, StageStore
 from lifelong_moe.training.fitting import require_fitting
+from lifelong_moe.training.loop.random_state import Undrawn, without_memory
 
 
 def load_model(store: StageStore, stage: CommittedStage) -> LanguageModel:
@@ -46,34 +44,16 @@ def build_model(architecture: Architecture, tensors: Mapping[str, Tensor]) -> La
     # First without memory: what is stored may name a model that no machine holds. The user's own router may need
     # numbers to be built, and is code that the user trusts.
     own = isinstance(architecture.routing, CustomRouterConfig)
-    with nullcontext() if own else _without_memory():
+    with nullcontext() if own else without_memory():
         model = LanguageModel(architecture)
     require_fitting(model, tensors)
     if not own:
-        with _Undrawn():  # each weight is about to be overwritten
+        with Undrawn():  # each weight is about to be overwritten
             model = LanguageModel(architecture)
     model.load_state_dict(tensors, strict=True)
     if not all(layer.banks.has_sound_bases() for layer in model.moe_layers()):
         raise CorruptError("a low-rank expert changes none of the older experts.")
     return model
-
-
-@contextmanager
-def _without_memory() -> Iterator[None]:
-    with torch.device("meta"), _Undrawn():
-        yield
-
-
-class _Undrawn(TorchFunctionMode):
-    """Context in which ``nn.init`` draws nothing; without memory to draw into, it would still import the compiler."""
-
-    def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
-    ) -> Any:
-        given = dict(kwargs or {})
-        if getattr(func, "__module__", None) == torch.nn.init.__name__:
-            return given["tensor"] if "tensor" in given else args[0]
-        return func(*args, **given)
 
 
 def _experts(architecture: Architecture) -> int:

@@ -10,10 +10,11 @@ from types import FrameType
 import pytest
 import torch
 
-from lifelong_moe.training.loop import ranks
+from lifelong_moe.training.ranks import supervise
+from tests.forked import ForkedProcess
 from tests.tiny import write_corpora
 
-LIMIT_SECONDS = 60
+LIMIT_SECONDS = 120
 
 
 @pytest.fixture(autouse=True)
@@ -21,7 +22,7 @@ def single_threaded(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Bits are compared at one thread; what a run changes for its process is put back."""
     monkeypatch.setenv("TOKENIZERS_PARALLELISM", "false")
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    monkeypatch.setattr(ranks, "TIMEOUT_SECONDS", 30.0)
+    monkeypatch.setattr(supervise, "TIMEOUT_SECONDS", 30.0)
     threads, handler = torch.get_num_threads(), signal.getsignal(signal.SIGTERM)
     torch.set_num_threads(1)
     yield
@@ -43,6 +44,14 @@ def limited() -> Iterator[None]:
     yield
     signal.alarm(0)
     signal.signal(signal.SIGALRM, before)
+
+
+@pytest.fixture
+def forked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ranks are forked, with all that a test has patched."""
+    if torch.cuda.is_available():
+        pytest.skip("autograd does not survive a fork once CUDA is there")
+    monkeypatch.setattr(supervise, "Popen", ForkedProcess)
 
 
 @pytest.fixture

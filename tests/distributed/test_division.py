@@ -10,7 +10,7 @@ from torch import Tensor
 
 from tests.divided import CASES, MakeModel, MakeRun, second_stage, take_steps, take_steps_in_ranks
 
-pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="autograd does not survive a fork once CUDA is there")
+pytestmark = pytest.mark.usefixtures("forked")
 
 ROUTERS = {
     "learned": {},

@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-import multiprocessing
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -24,11 +21,12 @@ from lifelong_moe.errors import ConfigError, DataError, TryAgainError
 from lifelong_moe.evaluation.measurements import Measurements
 from lifelong_moe.store.stages import StageStore
 from lifelong_moe.training import stage as training_stage
-from lifelong_moe.training.loop import ranks
 from lifelong_moe.training.loop.module import StageModule
 from lifelong_moe.training.loop.phase import train_phase
 from lifelong_moe.training.loop.rollback import read_rollbacks
+from lifelong_moe.training.ranks import supervise
 from pipelines.run.record import MlflowRecord
+from tests.forked import ForkedProcess
 from tests.tiny import (
     EVERY,
     SEQUENCES,
@@ -42,7 +40,7 @@ from tests.tiny import (
     write_corpora,
 )
 
-pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="autograd does not survive a fork once CUDA is there")
+pytestmark = pytest.mark.usefixtures("forked")
 
 DELTAS: dict[str, Any] = {
     "routing": {"top_k": 1, "renormalize": False, "bundles": "label"},
@@ -99,18 +97,25 @@ def gone(pid: int) -> bool:
         return True
 
 
+def no_children() -> bool:
+    """Whether this process has no child, alive or unburied."""
+    try:
+        return os.waitpid(-1, os.WNOHANG) is None
+    except ChildProcessError:
+        return True
+
+
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     """Hashes of a run of two processes that nothing disturbed."""
-    before, root = os.getcwd(), tmp_path_factory.mktemp("two")
-    os.chdir(root)
-    try:
+    root = tmp_path_factory.mktemp("two")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(supervise, "Popen", ForkedProcess)
+        patch.chdir(root)
         write_corpora(root)
         configure(("fruit",))
         train()
         return hashes()
-    finally:
-        os.chdir(before)
 
 
 @pytest.mark.parametrize(
@@ -207,7 +212,7 @@ def test_a_rank_that_is_killed_ends_all(
         with pytest.raises(TryAgainError, match=rf"^training process {rank} of 2 was ended by SIGKILL; .*continue"):
             train()
         assert time.monotonic() - began < 10
-    assert multiprocessing.active_children() == [] and list(lab.glob("mlruns/stages/*")) == []
+    assert no_children() and list(lab.glob("mlruns/stages/*")) == []
     _, printed = train()
     assert f"fruit: continuing from step-0-{EVERY:08d}" in printed
     assert hashes() == uninterrupted
@@ -220,12 +225,12 @@ def test_a_rank_that_hangs_ends_all(
 ) -> None:
     configure(("fruit",))
     with monkeypatch.context() as patch:
-        patch.setattr(ranks, "TIMEOUT_SECONDS", 2.0)
-        patch.setattr(ranks, "GRACE_SECONDS", 0.2)
+        patch.setattr(supervise, "TIMEOUT_SECONDS", 2.0)
+        patch.setattr(supervise, "GRACE_SECONDS", 0.2)
         at(patch, rank, lambda: os.kill(os.getpid(), signal.SIGSTOP))
         with pytest.raises(TryAgainError, match=rf"^training process {rank} of 2 did not answer .* within 2 s; "):
             train()
-    assert multiprocessing.active_children() == [] and list(lab.glob("mlruns/stages/*")) == []
+    assert no_children() and list(lab.glob("mlruns/stages/*")) == []
     train()
     assert hashes() == uninterrupted
 
@@ -413,31 +418,6 @@ def test_curves_are_sent_once(lab: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     steps = Counter((key, step) for key, _, step in sent)
     assert {step for _, step in steps} == {4, 8, 12} and set(steps.values()) == {1}
     assert ("train/loss_nats_per_token", 12) in steps and ("train/grad_norm", 4) in steps
-
-
-def test_a_pool_of_threads_does_not_reach_the_ranks() -> None:
-    """libgomp's pool does not survive a fork; in a process of its own, for no other test may begin one."""
-    environment = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
-    done = subprocess.run(
-        [sys.executable, "-c", POOL], env=environment, timeout=300, capture_output=True, text=True, check=False
-    )
-    assert (done.returncode, done.stdout) == (0, "4 1\n"), done.stderr
-
-
-POOL = """
-import pathlib, tempfile, torch
-from lifelong_moe.training.callbacks.interrupt import Interrupt
-from lifelong_moe.ops.collectives import sum_over_ranks
-from lifelong_moe.training.loop.ranks import run_ranks
-torch.set_num_threads(4)
-def work(*args):
-    a = torch.ones(800, 800, requires_grad=True)
-    torch.nn.functional.gelu(a @ a).sum().backward()
-    sum_over_ranks(a.grad)
-    return torch.get_num_threads()
-work()
-print(torch.get_num_threads(), run_ranks(2, work, Interrupt(), print, pathlib.Path(tempfile.mkdtemp(), "x")))
-"""
 
 
 @pytest.mark.parametrize(

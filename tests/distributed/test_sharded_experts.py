@@ -15,10 +15,9 @@ from torch.distributed.fsdp import fully_shard
 from lifelong_moe.config.model import ExpertsImplementation
 from lifelong_moe.model.tokens import TokenBatch
 from lifelong_moe.model.transformer import LanguageModel
-from lifelong_moe.training.callbacks.interrupt import Interrupt
-from lifelong_moe.training.loop.ranks import run_ranks
+from tests.forked import run_forked
 
-pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="autograd does not survive a fork once CUDA is there")
+pytestmark = pytest.mark.usefixtures("forked")
 
 STEPS, RANKS = 4, 2
 Make = Callable[..., LanguageModel]
@@ -51,7 +50,7 @@ def test_losses_are_those_of_one_process(
             layer.banks.implementation = how
         return model
 
-    def work(rank: int, *_: object) -> list[float]:
+    def work(rank: int) -> list[float]:
         model, mesh = made(), init_device_mesh("cpu", (dist.get_world_size(),))
         for block in model.blocks:
             fully_shard(block, mesh=mesh, reshard_after_forward=False)
@@ -61,5 +60,5 @@ def test_losses_are_those_of_one_process(
         # Each rank on the same text: the mean of their gradients is the gradient of one.
         return losses(model, make_batch())
 
-    sharded = run_ranks(RANKS, work, Interrupt(), lambda rows: None, tmp_path / "meeting")
+    sharded = run_forked(RANKS, work, tmp_path)
     assert sharded == pytest.approx(losses(made(), make_batch()), abs=1e-5)

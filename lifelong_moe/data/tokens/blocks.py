@@ -182,16 +182,16 @@ class BlockDataset(Dataset[dict[str, Tensor]]):
             sources: The first ones are the new text, the others are replayed.
             order: Made for these sources' numbers of blocks.
         """
-        self._sources = list(sources)
+        self.sources = list(sources)
         self._order = order
         # Numbers of blocks over all sources, by which the teacher's cached hidden states are found again.
-        self._first_blocks = list(accumulate((len(source) for source in self._sources), initial=0))
+        self._first_blocks = list(accumulate((len(source) for source in self.sources), initial=0))
 
     def __getitem__(self, n: int) -> dict[str, Tensor]:
         source, block = self._order.at(n)
         replayed, ordinal = self.place(n)
         return {
-            **self._sources[source].block(block),
+            **self.sources[source].block(block),
             "sample": torch.tensor(n),
             "replayed": torch.tensor(replayed),
             "ordinal": torch.tensor(ordinal),
@@ -205,4 +205,4 @@ class BlockDataset(Dataset[dict[str, Tensor]]):
     def sizes(self, n: int) -> tuple[int, int]:
         """Return how many tokens of sample ``n`` are real, and how many of their targets count."""
         source, block = self._order.at(n)
-        return self._sources[source].num_real(block), self._sources[source].num_scored(block)
+        return self.sources[source].num_real(block), self.sources[source].num_scored(block)

@@ -214,9 +214,12 @@ def _open(directory: Path, vocab_size: int) -> TokenShard | None:
             files[name] = file
         tokens, offsets, text_bytes = (files[name] for name in _FILES)
         try:
+            mapped: np.memmap[Any, Any] = np.memmap(tokens, dtype=manifest["dtype"], mode="r")
+            # NumPy does not know it, having been given an open file; a process that trains maps the same one.
+            mapped.filename = (directory / _FILES[0]).absolute()
             shard = TokenShard(
                 # Only tokens are mapped, which may exceed memory; the other arrays have one number per document.
-                tokens=np.memmap(tokens, dtype=manifest["dtype"], mode="r"),
+                tokens=mapped,
                 offsets=np.fromfile(offsets, dtype="<i8"),
                 text_bytes=np.fromfile(text_bytes, dtype="<i8"),
                 answer_bytes=np.fromfile(files[_ANSWERS], dtype="<i8") if _ANSWERS in files else None,

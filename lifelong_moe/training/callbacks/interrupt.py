@@ -89,6 +89,11 @@ class PendingInterrupt(Interrupt):
         """Whether the signal came."""
         return signal.SIGTERM in signal.sigpending()
 
+    @contextmanager
+    def until_step_boundary(self) -> Iterator[None]:
+        """Do nothing: the main process answers the request where no step does."""
+        yield
+
     def take_over(self) -> None:
         """Do nothing: a blocked signal calls no handler."""
 

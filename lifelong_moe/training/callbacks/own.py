@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Sequence
+from dataclasses import replace
 from importlib import import_module
 from typing import Any
 
@@ -25,6 +26,12 @@ def allow_own(config: TrainerConfig) -> None:
     _allowed.update(map(_identity, [*config.callbacks, *config.logger]))
 
 
+def only_allowed(config: TrainerConfig) -> TrainerConfig:
+    """The configuration without the classes that this process must not build."""
+    callbacks, loggers = ([one for one in named if _is_allowed(one)] for named in (config.callbacks, config.logger))
+    return replace(config, callbacks=callbacks, logger=loggers)
+
+
 def build_own(named: Sequence[OwnClass], kind: type, where: str) -> list[Any]:
     """Build instances of the classes; those that were not allowed are left out, with a warning.
 
@@ -38,7 +45,7 @@ def build_own(named: Sequence[OwnClass], kind: type, where: str) -> list[Any]:
     """
     built = []
     for i, one in enumerate(named):
-        if _identity(one) not in _allowed:
+        if not _is_allowed(one):
             log.warning("%s: %s is code that a stored configuration names, and is left out", where, one.class_path)
             continue
         module, _, name = one.class_path.rpartition(".")
@@ -51,6 +58,10 @@ def build_own(named: Sequence[OwnClass], kind: type, where: str) -> list[Any]:
             raise ConfigError(f"{where}[{i}]: {one.class_path} must be a {kind.__module__}.{kind.__name__}.")
         built.append(made)
     return built
+
+
+def _is_allowed(named: OwnClass) -> bool:
+    return _identity(named) in _allowed
 
 
 def _identity(named: OwnClass) -> str:

@@ -231,7 +231,7 @@ class StepCheckpoint(Callback):
             return
         # All ranks must take the same decision, or one would wait in the next all-reduce for ranks that have stopped.
         requested = trainer.strategy.reduce_boolean_decision(self.interrupt.requested, all=False)
-        # Ranks are forks, whose result reaches the main process through a checkpoint.
+        # The result of ranks reaches the main process through a checkpoint.
         ends_rank = step == trainer.max_steps and trainer.world_size > 1
         if requested or ends_rank or step % self.every_steps == 0:
             # Sent before the commit: a run that continues from the checkpoint does not log these points again.

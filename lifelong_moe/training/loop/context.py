@@ -27,6 +27,7 @@ from lifelong_moe.store.stages import CommittedStage, StageStore
 from lifelong_moe.training.callbacks.interrupt import Interrupt
 from lifelong_moe.training.callbacks.points import Send
 from lifelong_moe.training.loop.device import on_configured_device
+from lifelong_moe.training.ranks.surroundings import Surroundings
 
 if TYPE_CHECKING:
     from lifelong_moe.training.loop.rollback import Rollbacks  # which needs Lightning
@@ -62,6 +63,11 @@ class StageEnvironment:
     """``evaluate.watch``."""
     outlook: Outlook | None = None
     """None where a stage stands alone."""
+
+    @property
+    def surroundings(self) -> Surroundings:
+        """What the training loop gets of it."""
+        return Surroundings(self.interrupt, self.send, self.console)
 
     def place(self, model: LanguageModel) -> LanguageModel:
         """A model where it reads and writes text before, between and after the phases: the device that trains it."""

@@ -26,8 +26,9 @@ from lifelong_moe.data.tokens.shards import TokenizedCorpus, TokenShard
 from lifelong_moe.model.transformer import LanguageModel
 from lifelong_moe.plan.phase import Phase
 from lifelong_moe.plan.spec import StageSpec
-from lifelong_moe.training.loop.context import PhaseRun, StageModels
+from lifelong_moe.training.loop.context import StageModels
 from lifelong_moe.training.loop.generations import generated_source, training_domain_ids
+from lifelong_moe.training.loop.handover import PhaseJob
 from lifelong_moe.training.loop.shares import Batch, Tally, WeightedBatch, with_shares
 
 
@@ -48,34 +49,34 @@ class StageData(LightningDataModule):
 
     Args:
         dataset: All samples of the phase's order; sample n is the same on every process.
-        run: The phase and its place in the stage.
+        job: The phase and its place in the stage.
     """
 
-    def __init__(self, dataset: BlockDataset, run: PhaseRun) -> None:
+    def __init__(self, dataset: BlockDataset, job: PhaseJob) -> None:
         super().__init__()
-        self.dataset, self.run, self.spec = dataset, run, run.stage.spec
+        self.dataset, self.job, self.spec = dataset, job, job.spec
         self._tally: tuple[int, Tally] | None = None
         """Number and counts of the current step, needed by each of its micro-batches."""
 
     def train_dataloader(self) -> StepLoader:
         """The rest of the phase, from the trainer's step on."""
         assert self.trainer is not None
-        run, config = self.run, self.run.stage.environment.trainer
+        job, config = self.job, self.job.trainer
         # One sampler for each stretch between two rollbacks: steps count on, the batches read jump over the bad text.
         samplers = [
             StepBatchSampler(
-                run.order_step + part.stop,
+                job.order_step + part.stop,
                 self.spec.global_batch,
                 accumulate=config.accumulate_grad_batches,
-                start_step=run.order_step + part.start,
+                start_step=job.order_step + part.start,
                 rank=self.trainer.global_rank,
                 world=self.trainer.world_size,
             )
-            for part in run.rollbacks.batches(run.number, self.trainer.global_step, run.phase.steps)
+            for part in job.rollbacks.batches(job.number, self.trainer.global_step, job.phase.steps)
         ]
         return StepLoader(
             self.dataset,
-            batch_sampler=_Phase(samplers, run.phase.steps * config.accumulate_grad_batches),
+            batch_sampler=_Phase(samplers, job.phase.steps * config.accumulate_grad_batches),
             num_workers=config.num_workers,
             worker_init_fn=_ignore_ctrl_c,
             pin_memory=self.trainer.strategy.root_device.type == "cuda",
@@ -86,7 +87,7 @@ class StageData(LightningDataModule):
         assert self.trainer is not None
         # Here and not in training_step: the counts are read as Python numbers, which on a GPU would wait for it.
         step = int(batch["sample"][0]) // self.spec.global_batch
-        accumulate = self.run.stage.environment.trainer.accumulate_grad_batches
+        accumulate = self.job.trainer.accumulate_grad_batches
         return with_shares(batch, self.spec, self.tally(step), accumulate * self.trainer.world_size)
 
     def tally(self, step: int) -> Tally:
@@ -144,6 +145,11 @@ def phase_dataset(
         sources.append(BlockSource(shard, context, bos, domains, teacher_domains, bound))
     if models.generated is not None:
         sources.append(generated_source(model, teacher, models.generated))
+    return in_order(sources, spec, phase, seed)
+
+
+def in_order(sources: Sequence[BlockSource | RowSource], spec: StageSpec, phase: Phase, seed: int) -> BlockDataset:
+    """The samples of a phase, given its text; arguments as of :func:`phase_dataset`."""
     # Generated text is one source, whatever distributions its model had learned.
     weights = (1,) * (len(sources) - len(spec.new)) if spec.generates else spec.replay_weights
     blocks = [len(source) for source in sources]

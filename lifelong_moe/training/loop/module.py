@@ -30,6 +30,7 @@ from lifelong_moe.retention.teacher import shared_blocks
 from lifelong_moe.retention.teacher_cache import TeacherCache
 from lifelong_moe.routing.base import Routing
 from lifelong_moe.training.loop.guard import StepGuard, Verdict
+from lifelong_moe.training.loop.handover import PhaseModels
 from lifelong_moe.training.loop.means import StepMeans
 from lifelong_moe.training.loop.optimizer import build_optimizer, build_schedule
 from lifelong_moe.training.loop.random_state import RandomState, random_states, restore_random_state
@@ -94,6 +95,15 @@ class StageModule(LightningModule):
         """Context in which frozen experts, also the teacher's, are on the device only while they compute."""
         models = [model for model in (self.model, *self._teacher) if model is not None]
         return offloaded(models, self._own, streamer)
+
+    @property
+    def teacher(self) -> LanguageModel | None:
+        """Source of distillation."""
+        return self._teacher[0]
+
+    def handed_over(self) -> PhaseModels:
+        """What other processes need to take the phase's steps from here."""
+        return PhaseModels(self.model, self.teacher, self._anchor, self.assignments_before, torch.get_rng_state())
 
     def release(self) -> None:
         """Forget the models, once no more steps are taken."""

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -12,7 +11,7 @@ from lifelong_moe.clustering.kmeans import churn
 from lifelong_moe.data.tokens.excerpts import excerpts
 from lifelong_moe.data.tokens.shards import TokenizedCorpus
 from lifelong_moe.data.tokens.windows import evaluation_windows
-from lifelong_moe.errors import CorruptError, ResourceError, memory_is_full
+from lifelong_moe.errors import CorruptError
 from lifelong_moe.model.tokens import TokenBatch
 from lifelong_moe.model.transformer import LanguageModel
 from lifelong_moe.plan.flops import loop_flops
@@ -26,12 +25,10 @@ from lifelong_moe.training.callbacks.stopping import early_stopping
 from lifelong_moe.training.callbacks.watch import ForgettingWatch, Watched
 from lifelong_moe.training.loop.context import PhaseRun, StageModels
 from lifelong_moe.training.loop.data import StageData, new_text_sample, phase_dataset
-from lifelong_moe.training.loop.device import rounds_products
-from lifelong_moe.training.loop.execution import execution_options, expert_dropout, isolated_documents, tf32
 from lifelong_moe.training.loop.fit import PhaseFit
+from lifelong_moe.training.loop.handover import PhaseJob
 from lifelong_moe.training.loop.measure import PhaseMeasures
 from lifelong_moe.training.loop.module import StageModule
-from lifelong_moe.training.loop.optimizer import phase_parameters, training_only
 
 
 def train_phase(module: StageModule, models: StageModels, run: PhaseRun) -> PhaseMeasures:
@@ -51,12 +48,12 @@ def train_phase(module: StageModule, models: StageModels, run: PhaseRun) -> Phas
     if config.cache_teacher and models.teacher is not None:
         module.teacher_cache = TeacherCache(run.stage.work / f"teacher-{run.number}", spec.model.context)
     # After restoring: centroids in the checkpoint decide the generation of each token of the data.
-    data = StageData(phase_dataset(models, spec, run.phase, run.stage.corpora, run.seed), run)
+    job = _job(run)
+    data = StageData(phase_dataset(models, spec, run.phase, run.stage.corpora, run.seed), job)
     meter, stopping = _meter(models, run), early_stopping(spec, run.stage.corpora, run.stage.work)
     watch = _watch(model, run)
     model.train()
-    with _training_context(models, run), _explained_full_memory(spec):
-        PhaseFit(run, module, data, meter, stopping, watch).fit()
+    PhaseFit(job, module, data, meter, stopping, watch).fit(run.stage.environment.surroundings)
     # Lightning has moved it to the CPU; clusters of the next phase and measurements read text with it.
     run.stage.environment.place(model)
     if stopping is not None:
@@ -70,6 +67,27 @@ def train_phase(module: StageModule, models: StageModels, run: PhaseRun) -> Phas
         final=meter.last,
         stopping=None if stopping is None else stopping.report(),
         assignment_churn=_churn(module, run),
+    )
+
+
+def _job(run: PhaseRun) -> PhaseJob:
+    """The phase as plain data."""
+    stage, environment = run.stage, run.stage.environment
+    return PhaseJob(
+        spec=stage.spec,
+        phase=run.phase,
+        number=run.number,
+        first_step=run.first_step,
+        order_step=run.order_step,
+        seed=run.seed,
+        work=stage.work,
+        resume=run.resume,
+        rollbacks=run.rollbacks,
+        trainer=environment.trainer,
+        checkpoint=environment.checkpoint,
+        frozen=environment.frozen,
+        run_id=environment.run_id,
+        outlook=environment.outlook,
     )
 
 
@@ -122,51 +140,6 @@ def _watch(model: LanguageModel, run: PhaseRun) -> ForgettingWatch | None:
     )
     # Of other excerpts where the setting has changed meanwhile.
     return ForgettingWatch(watched, run.first_step, stage.work / f"watch-{looks.tokens}")
-
-
-@contextmanager
-def _training_context(models: StageModels, run: PhaseRun) -> Iterator[None]:
-    """Context with the phase's settings on the models, in which SIGTERM and Ctrl-C wait for the end of a step."""
-    spec, environment = run.stage.spec, run.stage.environment
-    both = [model for model in (models.model, models.teacher) if model is not None]
-    with (
-        isolated_documents(both if spec.finetune else []),
-        training_only(models.model, phase_parameters(models.model, run.phase).values()),
-        expert_dropout(models.model, spec.finetune.expert_dropout if spec.finetune else 0.0),
-        execution_options(both, environment.trainer),
-        tf32(rounds_products(environment.trainer)),
-        environment.interrupt.until_step_boundary(),
-    ):
-        yield
-
-
-@contextmanager
-def _explained_full_memory(spec: StageSpec) -> Iterator[None]:
-    """Context that turns out-of-memory errors into one that names the setting to change.
-
-    Raises:
-        ResourceError: In place of the device's error.
-    """
-    try:
-        yield
-    except (RuntimeError, MemoryError) as error:
-        if not memory_is_full(error):
-            raise
-        raise _out_of_memory(spec) from error
-
-
-def _out_of_memory(spec: StageSpec) -> ResourceError:
-    """The error with the smallest change of settings that needs less memory."""
-    # More micro-batches keep the global batch, and so nearly the result; a smaller batch is a user's decision.
-    total, now = spec.global_batch, spec.accumulate
-    more = next((n for n in range(now + 1, total + 1) if total % n == 0), None)
-    remedy = "Set model.context or the model's size lower."
-    if more is not None:
-        remedy = f"Set trainer.accumulate_grad_batches={more}, which leaves the global batch at {total} sequences."
-    return ResourceError(
-        f"stage {spec.name}: the device ran out of memory on micro-batches of {total // now} sequences of context "
-        f"{spec.model.context}; nothing was committed. {remedy}"
-    )
 
 
 def _churn(module: StageModule, run: PhaseRun) -> float | None:

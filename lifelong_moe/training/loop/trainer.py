@@ -89,5 +89,5 @@ def _strategy(config: TrainerConfig) -> tuple[str | DDPStrategy, list[Checkpoint
         return "auto" if config.strategy == "ddp" else config.strategy, [SafeCheckpointIO()]
     # Unused parameters: a rank may have no token for an expert or a generation. Buffers do not change in training.
     strategy = DDPStrategy(process_group_backend="gloo", find_unused_parameters=True, forward_sync_buffers=False)
-    # run_ranks forks the ranks: with LOCAL_RANK set, this environment makes Lightning join them and start none.
+    # With LOCAL_RANK set, this environment makes Lightning join the ranks that run_ranks starts, and start none.
     return strategy, [SafeCheckpointIO(), LightningEnvironment()]

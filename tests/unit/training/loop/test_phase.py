@@ -16,7 +16,8 @@ from lifelong_moe.errors import ConfigError
 from lifelong_moe.training.callbacks.collapse import collapse_warning
 from lifelong_moe.training.loop import measure
 from lifelong_moe.training.loop import phase as phases
-from lifelong_moe.training.loop.phase import _out_of_memory, _sample_assignments
+from lifelong_moe.training.loop.fit import _out_of_memory
+from lifelong_moe.training.loop.phase import _sample_assignments
 from lifelong_moe.training.loop.trainer import _strategy, build_trainer
 from tests.conftest import routing_of
 

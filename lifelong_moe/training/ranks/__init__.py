@@ -1,0 +1,1 @@
+"""Several processes that take training steps together, and the main process that watches over them."""
