@@ -216,7 +216,7 @@ def _open(directory: Path, vocab_size: int) -> TokenShard | None:
         try:
             mapped: np.memmap[Any, Any] = np.memmap(tokens, dtype=manifest["dtype"], mode="r")
             # NumPy does not know it, having been given an open file; a process that trains maps the same one.
-            mapped.filename = (directory / _FILES[0]).absolute()
+            mapped.filename = str((directory / _FILES[0]).absolute())
             shard = TokenShard(
                 # Only tokens are mapped, which may exceed memory; the other arrays have one number per document.
                 tokens=mapped,

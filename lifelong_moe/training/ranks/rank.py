@@ -21,7 +21,7 @@ from datetime import timedelta
 from importlib import import_module
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 import torch.distributed as dist
@@ -156,7 +156,14 @@ def _prepare(rank: int, parent: int, pipe: _Pipe) -> None:
         logging.disable(logging.WARNING)  # rank 0 says the same
         return
 
-    def show(message: Warning | str, category: type[Warning], filename: str, lineno: int, *_: Any) -> None:
+    def show(
+        message: Warning | str,
+        category: type[Warning],
+        filename: str,
+        lineno: int,
+        file: TextIO | None = None,
+        line: str | None = None,
+    ) -> None:
         pipe.tell({"warning": [str(message), category.__name__, filename, lineno]})
 
     warnings.showwarning = show
