@@ -103,7 +103,7 @@ def test_the_new_expert_that_is_chosen_least_counts(
     model: Any = SimpleNamespace(architecture=SimpleNamespace(generations=[None, generation]))
     seen = [SimpleNamespace(counts_E=torch.tensor(load)) for load in loads]
     monkeypatch.setattr(measure, "observe", lambda *_: seen)
-    monkeypatch.setattr(measure, "text_sample", lambda *_: None)
+    monkeypatch.setattr(measure, "new_text_sample", lambda *_: None)
     for least, warnings in ((1 / 128, 0), (1 / 64, 1)):
         grow = SimpleNamespace(experts=2, sample_tokens=1, min_share=least)
         spec: Any = SimpleNamespace(name="code", grow=grow, model=SimpleNamespace(layers=3))
