@@ -320,6 +320,8 @@ TABLES: dict[str, Callable[[], list[str]]] = {
     "idle-writes": others.idle_writes,
     "reading": others.reading,
     "waits": others.waits,
+    "launches": others.launches,
+    "router-launches": others.router_launches,
     "floors": house.short_floors,
     "house-floors": house.floors,
     "house-figures": house.figures,

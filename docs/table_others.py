@@ -287,6 +287,27 @@ def waits() -> list[str]:
     return markdown(["waits in a step of two layers, bfloat16", "a step", "with a teacher"], rows, "lrr")
 
 
+def launches() -> list[str]:
+    """Kernels of a step of the default method, by its text and the number of its generations."""
+    ways = read("results/launches")["default"]
+    numbers = [*next(iter(ways.values()))]
+    rows = [
+        [f"{text}, {way}", *(f"{found[number][way]:,}" for number in numbers)]
+        for text, found in ways.items()
+        for way in found[numbers[0]]
+    ]
+    return markdown(["generations", *numbers], rows, "l" + "r" * len(numbers))
+
+
+def router_launches() -> list[str]:
+    """Kernels of a step by kind of router, fewest first; kinds with equal numbers share a row."""
+    kinds: dict[tuple[int, int], list[str]] = {}
+    for kind, one in read("results/launches")["routers"].items():
+        kinds.setdefault((one["step"], one["step_with_teacher"]), []).append(kind.replace("_", " "))
+    rows = [[", ".join(names), *(f"{one:,}" for one in numbers)] for numbers, names in sorted(kinds.items())]
+    return markdown(["kernels in a step of two layers", "a step", "with a teacher"], rows, "lrr")
+
+
 def idle_writes() -> list[str]:
     """What a run of many stages writes, of two checkouts."""
     result = read("results/idle")

@@ -3,6 +3,11 @@
 A generation is what one stage adds to the model: experts, their router rows, and these. The first stage trains the
 trunk itself and has neither. Low-rank changes are used by the generation's tokens only, rows by later generations too.
 
+On a CPU, and wherever nothing trains, each generation in use multiplies its own tokens by its own changed matrix, so
+that later generations cannot change a bit of what it computes. On a GPU a step takes all generations' changes side by
+side, as two narrow products for all tokens with a mask between them (:func:`join_changes`): nothing is sorted, no
+changed matrix is made, and the number of kernels does not depend on the number of generations.
+
 Legend: B batch, S sequence, T = B·S tokens, I input width, O output width, R rank, V vocabulary, D model width.
 
 Source:
@@ -12,8 +17,9 @@ Source:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -27,13 +33,26 @@ from lifelong_moe.ops.low_rank import product
 
 
 @dataclass(frozen=True)
+class Owners:
+    """The generation of each of several columns."""
+
+    generations: tuple[int, ...]
+    generation_R: Tensor
+    """The same on the device, int64 ``(R,)``."""
+
+
+@dataclass(frozen=True)
 class GenerationSlices:
     """The tokens of a batch sorted by generation, so that each generation's tokens are one slice."""
 
-    order_T: Tensor
-    inverse_T: Tensor
+    known_T: Tensor
+    """Generation of each token, int64 ``(T,)``."""
     counts: list[int]
     """Number of tokens of each generation."""
+    _used: dict[int, tuple[slice, Tensor | None] | None] = field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
+    """Of changes side by side what :meth:`columns` found; they are the same objects for all matrices."""
 
     @classmethod
     def of(
@@ -44,13 +63,40 @@ class GenerationSlices:
         Without ``domain_counts``, the number of tokens of each domain, the host waits for the device to learn it.
         """
         known_T = torch.where(domain_ids_T < num_generations, domain_ids_T, 0)
-        order_T, counts_G = sort_by_expert(known_T, num_generations)
         if domain_counts is None:
-            counts: list[int] = counts_G.tolist()
-        else:
-            counts = [*domain_counts[:num_generations], *[0] * (num_generations - len(domain_counts))]
-            counts[0] += sum(domain_counts[num_generations:])
-        return cls(order_T, inverse_permutation(order_T), counts)
+            order_T, counts_G = sort_by_expert(known_T, num_generations)
+            found = cls(known_T, counts_G.tolist())
+            vars(found)["order_T"] = order_T  # known already: not sorted again
+            return found
+        counts = [*domain_counts[:num_generations], *[0] * (num_generations - len(domain_counts))]
+        counts[0] += sum(domain_counts[num_generations:])
+        return cls(known_T, counts)
+
+    @cached_property
+    def order_T(self) -> Tensor:  # noqa: N802 - named as the tensor that it is
+        """Tokens sorted by generation, and then by position."""
+        return sort_by_expert(self.known_T, len(self.counts))[0]
+
+    @cached_property
+    def inverse_T(self) -> Tensor:  # noqa: N802 - named as the tensor that it is
+        """Place of each token in that order."""
+        return inverse_permutation(self.order_T)
+
+    def columns(self, owners: Owners) -> tuple[slice, Tensor | None] | None:
+        """Columns from the first to the last that tokens use, and which of them are each token's own, bool ``(T, R)``.
+
+        None for the latter if all are every token's own; None for both if no token uses any.
+        """
+        if id(owners) not in self._used:
+            places = [i for i, generation in enumerate(owners.generations) if self.counts[generation]]
+            found = None
+            if places:
+                part = slice(places[0], places[-1] + 1)
+                # Generation 0 has no column: its tokens' are all masked.
+                is_only = len(self.present) == 1
+                found = part, None if is_only else self.known_T.unsqueeze(1) == owners.generation_R[part]
+            self._used[id(owners)] = found
+        return self._used[id(owners)]
 
     @property
     def present(self) -> frozenset[int]:
@@ -105,6 +151,33 @@ class LowRank(nn.Module):
         return num_rows * (rows + columns) < rows * columns
 
 
+@dataclass(frozen=True)
+class SideBySide:
+    """Low-rank changes of one matrix that several generations made, for tokens of all of them at once."""
+
+    down_RI: Tensor
+    up_OR: Tensor
+    owners: Owners
+
+    def used(self, generations: GenerationSlices) -> tuple[Tensor, Tensor, Tensor | None] | None:
+        """Columns that tokens use, of both factors, and which are each token's own; None if they use none."""
+        found = generations.columns(self.owners)
+        if found is None:
+            return None
+        part, own_TR = found
+        is_all = part.stop - part.start == len(self.down_RI)
+        return (self.down_RI, self.up_OR, own_TR) if is_all else (self.down_RI[part], self.up_OR[:, part], own_TR)
+
+    def factors(self, x_TI: Tensor, generations: GenerationSlices) -> tuple[Tensor, Tensor] | None:
+        """``(T, R)``, rows by the first factor with zeros in others' columns, and the second ``(O, R)``; or None."""
+        used = self.used(generations)
+        if used is None:
+            return None
+        down_RI, up_OR, own_TR = used
+        low_TR = F.linear(x_TI, as_rows(down_RI, x_TI))
+        return (low_TR if own_TR is None else low_TR * own_TR), up_OR
+
+
 class Deltas(nn.ModuleDict):
     """The low-rank changes of one matrix, by generation."""
 
@@ -112,6 +185,8 @@ class Deltas(nn.ModuleDict):
         super().__init__()
         self.num_generations = 0
         """Number of generations, with a change of this matrix or without."""
+        self.joined: tuple[SideBySide, ...] = ()
+        """While a stage trains on a GPU: its changes in few products, those that are frozen in one."""
 
     def add_generation(self, base_OI: Tensor, rank: int) -> None:
         """Add a generation's change of a matrix; rank 0 is no change."""
@@ -127,6 +202,40 @@ class Deltas(nn.ModuleDict):
         """The matrix that a generation's tokens use."""
         delta = self.of(generation)
         return base_OI if delta is None else base_OI + delta()
+
+    @torch.no_grad()
+    def join(self, base_OI: Tensor, owners: dict[tuple[int, ...], Owners]) -> None:
+        """Lay the changes side by side, unless they are together so wide that products with them would cost more.
+
+        Args:
+            base_OI: The matrix that they change.
+            owners: Generations of columns that matrices share, extended here: the device gets each only once.
+        """
+        trained = {int(g): one for g, one in self.items() if one.up.requires_grad}
+        frozen = {int(g): one for g, one in self.items() if int(g) not in trained}
+        ranks = {int(g): len(one.down) for g, one in self.items()}  # type: ignore[arg-type]
+        rows, columns = base_OI.shape
+        if sum(ranks.values()) * (rows + columns) > rows * columns:
+            self.joined = ()
+            return
+
+        def owned(generations: Iterable[int]) -> Owners:
+            each = tuple(g for g in generations for _ in range(ranks[g]))
+            if each not in owners:
+                owners[each] = Owners(each, torch.tensor(each, device=base_OI.device))
+            return owners[each]
+
+        joined = [SideBySide(one.down, one.up, owned([g])) for g, one in trained.items()]  # type: ignore[arg-type]
+        if frozen:
+            down_RI = torch.cat([one.down for one in frozen.values()])  # type: ignore[misc]
+            up_OR = torch.cat([one.up for one in frozen.values()], dim=1)  # type: ignore[misc]
+            joined.append(SideBySide(down_RI, up_OR, owned(frozen)))
+        self.joined = tuple(joined)
+
+    def factors(self, x_TI: Tensor, generations: GenerationSlices) -> list[tuple[Tensor, Tensor]]:
+        """Of changes side by side: ``low_TR`` and ``up_OR``, whose product each adds to ``x W^T``."""
+        found = (change.factors(x_TI, generations) for change in self.joined)
+        return [one for one in found if one is not None]
 
     def product(self, x_NI: Tensor, base_OI: Tensor, generation: int) -> Tensor:
         """``(N, O)``: a generation's tokens times the matrix that they use."""
@@ -177,6 +286,12 @@ class DeltaLinear(nn.Linear):
         """``(…, I)`` to ``(…, O)``; the leading dimensions are the tokens that ``generations`` sorts."""
         if generations is None or not self.deltas:
             out = product(x, self._held_weight())
+        elif self.deltas.joined:
+            x_TI = x.flatten(0, -2)
+            out_TO = product(x_TI, self._held_weight())
+            for low_TR, up_OR in self.deltas.factors(x_TI, generations):
+                out_TO = torch.addmm(out_TO, low_TR, as_rows(up_OR, low_TR).t())
+            out = out_TO.view(*x.shape[:-1], -1)
         else:
             out_TO = generations.apply(x.flatten(0, -2), lambda g, rows: self.deltas.product(rows, self.weight, g))
             out = out_TO.view(*x.shape[:-1], -1)
@@ -202,6 +317,18 @@ class DeltaEmbedding(nn.Embedding):
         """int64 ``(B, S)`` to ``(B, S, D)``."""
         if generations is None or not (self.deltas or self.added):
             return F.embedding(token_ids_BS, self.weight)
+        if self.deltas.joined and not self.added:
+            ids_T = token_ids_BS.flatten()
+            out_TD = F.embedding(ids_T, self.weight)
+            for change in self.deltas.joined:
+                if (used := change.used(generations)) is None:
+                    continue
+                down_RD, up_VR, own_TR = used
+                low_TR = F.embedding(ids_T, up_VR)
+                low_TR = low_TR if own_TR is None else low_TR * own_TR
+                # No `addmm`, which autocast would let round the residual stream.
+                out_TD = out_TD + low_TR @ as_rows(down_RD, low_TR)
+            return out_TD.view(*token_ids_BS.shape, -1)
         out_TD = generations.apply(token_ids_BS.flatten(), self.look_up)
         return out_TD.view(*token_ids_BS.shape, -1)
 
@@ -228,3 +355,19 @@ def generation_slices(
     if domain_ids is None or not (deltas or rows):
         return None
     return GenerationSlices.of(domain_ids.flatten(), deltas.num_generations, domain_counts)
+
+
+def join_changes(matrices: Iterable[DeltaLinear | DeltaEmbedding]) -> None:
+    """Lay the low-rank changes of each matrix side by side, for as long as the same ones train; see the top.
+
+    What trains is seen as it changes; frozen changes are copied, and must not change.
+    """
+    owners: dict[tuple[int, ...], Owners] = {}
+    for matrix in matrices:
+        matrix.deltas.join(matrix.weight, owners)
+
+
+def part_changes(matrices: Iterable[DeltaLinear | DeltaEmbedding]) -> None:
+    """Undo :func:`join_changes`."""
+    for matrix in matrices:
+        matrix.deltas.joined = ()

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lifelong_moe.model.deltas import DeltaLinear, GenerationSlices, TokenRows, generation_slices
 from lifelong_moe.ops.few_rows import linear
-from lifelong_moe.ops.losses import linear_cross_entropy, token_nats
+from lifelong_moe.ops.losses import linear_cross_entropy, linear_losses, token_nats
 from lifelong_moe.routing.base import Routing
 
 
@@ -85,10 +85,14 @@ class LinearHead(DeltaLinear):
 
         With ``domain_counts``, the number of tokens of each domain, the host need not wait for the device.
         """
+        generations = self.slices(domain_ids_T, domain_counts)
+        if generations is not None and self.deltas.joined and not self.added:
+            changes = self.deltas.factors(hidden_TD, generations)
+            return linear_losses(hidden_TD, self.weight, target_T, changes=changes)[0]
         # Means over each generation's tokens, weighted by their number: the mean over all tokens.
         parts = [
             linear_cross_entropy(hidden_TD[rows], self.weight_of(generation), target_T[rows]) * share
-            for generation, rows, share in self._slices(domain_ids_T, domain_counts)
+            for generation, rows, share in _slices(generations)
         ]
         return torch.stack(parts).sum()
 
@@ -96,18 +100,16 @@ class LinearHead(DeltaLinear):
     def token_nats(self, hidden_TD: Tensor, target_T: Tensor, domain_ids_T: Tensor | None = None) -> Tensor:
         """Next-token loss of each token in nats, float32 ``(T,)``; no gradient."""
         nats_T = torch.empty(len(target_T), device=hidden_TD.device)
-        for generation, rows, _ in self._slices(domain_ids_T):
+        for generation, rows, _ in _slices(self.slices(domain_ids_T)):
             nats_T[rows] = token_nats(hidden_TD[rows], self.weight_of(generation), target_T[rows])
         return nats_T
 
-    def _slices(
-        self, domain_ids_T: Tensor | None, domain_counts: Sequence[int] | None = None
-    ) -> Iterator[tuple[int, Tensor | slice, float]]:
-        """Each generation in use, its tokens, and their share of all."""
-        generations = self.slices(domain_ids_T, domain_counts)
-        if generations is None:
-            yield 0, slice(None), 1.0
-            return
-        for generation, rows in enumerate(generations.order_T.split(generations.counts)):
-            if len(rows):
-                yield generation, rows, len(rows) / len(generations.order_T)
+
+def _slices(generations: GenerationSlices | None) -> Iterator[tuple[int, Tensor | slice, float]]:
+    """Each generation in use, its tokens, and their share of all."""
+    if generations is None:
+        yield 0, slice(None), 1.0
+        return
+    for generation, rows in enumerate(generations.order_T.split(generations.counts)):
+        if len(rows):
+            yield generation, rows, len(rows) / len(generations.order_T)

@@ -5,7 +5,9 @@ Legend: T tokens, N tokens that a teacher is asked about, D model width, V vocab
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import torch
@@ -54,12 +56,70 @@ def _wide(x: Tensor) -> Tensor:
     return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
 
 
+@dataclass
+class _Changes:
+    """Low-rank changes ``low up^T`` of the logits, and their gradients, a chunk of tokens at a time."""
+
+    lows_TR: list[Tensor]
+    ups_VR: list[Tensor]
+    grad_lows: list[Tensor | None]
+    grad_ups: list[Tensor | None]
+
+    @classmethod
+    def of(
+        cls, factors: Sequence[Tensor], needed: Sequence[bool], dtype: torch.dtype, order_T: Tensor | None
+    ) -> _Changes:
+        """Of ``low_TR`` and ``up_VR`` in turn, the first in the order of tokens in which chunks are taken."""
+        lows, ups = factors[::2], factors[1::2]
+        rows = [(low if order_T is None else low.index_select(0, order_T)).to(dtype) for low in lows]
+        return cls(
+            rows,
+            [up.to(dtype) for up in ups],
+            [torch.empty_like(low) if need else None for low, need in zip(rows, needed[::2], strict=True)],
+            # Summed over chunks in float32, as the head's.
+            [
+                torch.zeros_like(up, dtype=_wide(up).dtype) if need else None
+                for up, need in zip(ups, needed[1::2], strict=True)
+            ],
+        )
+
+    def added(self, logits_cV: Tensor, part: slice) -> Tensor:
+        """Logits of a chunk with the changes, in place."""
+        for low_TR, up_VR in zip(self.lows_TR, self.ups_VR, strict=True):
+            logits_cV.addmm_(low_TR[part], up_VR.t())
+        return logits_cV
+
+    def backward(self, grad_cV: Tensor, part: slice) -> None:
+        """Add what a chunk's gradient of logits gives."""
+        each = zip(self.lows_TR, self.ups_VR, self.grad_lows, self.grad_ups, strict=True)
+        for low_TR, up_VR, grad_low, grad_up in each:
+            if grad_low is not None:
+                grad_low[part] = grad_cV @ up_VR
+            if grad_up is not None:
+                _accumulate(grad_up, grad_cV, low_TR[part])
+
+    def gradients(self, factors: Sequence[Tensor], order_T: Tensor | None) -> list[Tensor | None]:
+        """Of the factors in turn, each in its type and the order of tokens that came."""
+        found: list[Tensor | None] = []
+        for low, up in zip(self.grad_lows, self.grad_ups, strict=True):
+            if low is not None and order_T is not None:
+                low = torch.empty_like(low).index_copy_(0, order_T, low)
+            found += [low, up]
+        return [None if one is None else one.to(like.dtype) for one, like in zip(found, factors, strict=True)]
+
+
 class _LinearLoss(torch.autograd.Function):
     """Head, cross-entropy and KL together; gradients are made in the forward pass, a chunk of tokens at a time."""
 
     @staticmethod
     def forward(
-        ctx: Any, hidden_TD: Tensor, head_VD: Tensor, target_T: Tensor, teacher: TeacherTargets | None, chunk: int
+        ctx: Any,
+        hidden_TD: Tensor,
+        head_VD: Tensor,
+        target_T: Tensor,
+        teacher: TeacherTargets | None,
+        chunk: int,
+        *factors: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor]:
         device, num_tokens, num_distilled = hidden_TD.device.type, len(target_T), 0
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden_TD.dtype
@@ -74,6 +134,7 @@ class _LinearLoss(torch.autograd.Function):
             plain_T = torch.argsort(is_plain_T, stable=True)[num_distilled:]
             order_T = torch.cat([teacher.tokens_N, plain_T])
             hidden_TD, target_T = hidden_TD.index_select(0, order_T), target_T.index_select(0, order_T)
+        changes = _Changes.of(factors, ctx.needs_input_grad[5:], dtype, order_T)
         nats, kl = (torch.zeros((), dtype=_wide(hidden_TD).dtype, device=hidden_TD.device) for _ in range(2))
         grad_hidden = torch.empty_like(hidden_TD) if ctx.needs_input_grad[0] else None
         # Summed over chunks in float32, where bfloat16 would lose small terms.
@@ -81,7 +142,7 @@ class _LinearLoss(torch.autograd.Function):
         for part in _chunks(num_distilled, num_tokens, chunk):
             hidden, target = hidden_TD[part].to(dtype), target_T[part].unsqueeze(1)
             # shape: (chunk, V), in float32: the only tensors as wide as the vocabulary
-            logits = _wide(hidden @ head.t())
+            logits = _wide(changes.added(hidden @ head.t(), part))
             probs, log_sum = _softmax(logits)
             nats += (log_sum - logits.gather(1, target)).sum()
             # d(sum of nats) / d(logits) = softmax - onehot
@@ -96,9 +157,14 @@ class _LinearLoss(torch.autograd.Function):
                 grad_hidden[part] = (grad.to(dtype) @ head).to(hidden_TD.dtype)
             if grad_head is not None:
                 _accumulate(grad_head, grad.to(dtype), hidden)
+            changes.backward(grad.to(dtype), part)
         if grad_hidden is not None and order_T is not None:
             grad_hidden = torch.empty_like(grad_hidden).index_copy_(0, order_T, grad_hidden)
-        ctx.save_for_backward(grad_hidden, None if grad_head is None else grad_head.to(head_VD.dtype))
+        ctx.save_for_backward(
+            grad_hidden,
+            None if grad_head is None else grad_head.to(head_VD.dtype),
+            *changes.gradients(factors, order_T),
+        )
         ctx.num_tokens = num_tokens
         nats, kl = nats / num_tokens, kl / max(1, num_distilled)
         # For reports: the objective alone carries gradients.
@@ -109,8 +175,8 @@ class _LinearLoss(torch.autograd.Function):
     def backward(ctx: Any, grad_objective: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         # The forward pass made gradients of a sum; this makes them those of the mean.
         factor = grad_objective / ctx.num_tokens
-        grads = (None if grad is None else grad * factor.to(grad.dtype) for grad in ctx.saved_tensors)
-        return (*grads, None, None, None)
+        grads = [None if grad is None else grad * factor.to(grad.dtype) for grad in ctx.saved_tensors]
+        return (*grads[:2], None, None, None, *grads[2:])
 
 
 def _chunks(num_distilled: int, num_tokens: int, chunk: int) -> list[slice]:
@@ -157,6 +223,7 @@ def linear_losses(
     target_T: Tensor,
     teacher: TeacherTargets | None = None,
     chunk: int | None = None,
+    changes: Sequence[tuple[Tensor, Tensor]] = (),
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Cross-entropy of ``hidden @ head.T`` and KL to a teacher, in one pass over the vocabulary, without full logits.
 
@@ -169,6 +236,7 @@ def linear_losses(
         target_T: Next tokens, int64 ``(T,)``; every one counts.
         teacher: What the teacher says, if it says anything; no gradient flows into it.
         chunk: Tokens whose logits exist at a time; by default :func:`chunk_tokens` of the vocabulary.
+        changes: ``low_TR`` and ``up_VR`` of low-rank changes, whose products are added to the logits.
 
     Returns:
         Three scalars in float32 (float64 for float64): ``nats + weight * kl``, which alone carries gradients; the
@@ -176,7 +244,9 @@ def linear_losses(
     """
     if not torch.is_grad_enabled():  # a function of autograd's does not see that, and would make gradients
         hidden_TD, head_VD = hidden_TD.detach(), head_VD.detach()
-    return _LinearLoss.apply(hidden_TD, head_VD, target_T, teacher, chunk or chunk_tokens(len(head_VD)))
+        changes = [(low_TR.detach(), up_VR.detach()) for low_TR, up_VR in changes]
+    chunk = chunk or chunk_tokens(len(head_VD))
+    return _LinearLoss.apply(hidden_TD, head_VD, target_T, teacher, chunk, *chain.from_iterable(changes))
 
 
 def linear_cross_entropy(hidden_TD: Tensor, head_VD: Tensor, target_T: Tensor, chunk: int | None = None) -> Tensor:

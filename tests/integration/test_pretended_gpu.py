@@ -7,7 +7,7 @@ random numbers go on. That a real GPU computes the same is for ``make gpu-check`
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +20,12 @@ from lifelong_moe.evaluation import reading
 from lifelong_moe.growth import grow as growth
 from lifelong_moe.model.int8 import round_frozen
 from lifelong_moe.retention import generated
+from lifelong_moe.store.stages import StageStore
 from lifelong_moe.training import preparation
 from lifelong_moe.training import stage as training
 from lifelong_moe.training.callbacks.checkpoint import STATE, checkpoints
 from lifelong_moe.training.callbacks.progress import StepCheckpoint
+from lifelong_moe.training.loop import module as loop_module
 from tests.pretended_gpu import GENERATOR, Pretended, pretended_gpu
 from tests.tiny import CONTEXT, SEQUENCES, hashes, tiny_config, train, working_in, write_config, write_corpora
 
@@ -80,16 +82,27 @@ def test_growth_fisher_generated_text_and_evaluation_run_on_the_device_that_trai
     assert all(found and all(found) for found in asked.values()), asked
 
 
-def test_the_default_method_runs_there_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("precision", "rank"), [("bf16-mixed", 16), ("auto", 2)])
+def test_the_default_method_runs_there_whole(monkeypatch: pytest.MonkeyPatch, precision: str, rank: int) -> None:
     """Bundles, low-rank changes of the trunk, a mixture of generations; in the GPU's own precision."""
     config = configure()
-    config["trainer"]["precision"] = "bf16-mixed"
-    holds = {key: config["stage_defaults"][key] for key in ("tokens", "optim")}
+    config["trainer"]["precision"] = precision
+    holds = {key: config["stage_defaults"][key] for key in ("tokens", "optim")} | {"trunk": {"rank": rank}}
     config |= {"method": "lifelong", "stage_defaults": holds, "routing": {"top_k": 2}}
-    read = watch(monkeypatch, reading, "_arrays")
+    read, joined = watch(monkeypatch, reading, "_arrays"), []
+    part = loop_module.part_changes
+
+    def parted(matrices: Iterable[Any]) -> None:
+        found = [*matrices]
+        joined.extend(bool(one.deltas.joined) for one in found if one.deltas)
+        part(found)
+
+    monkeypatch.setattr(loop_module, "part_changes", parted)
     with pretended_gpu():
         report, _ = train(write_config(config))
     assert report["stages"][-1]["name"] == "code" and read and all(read)
+    # For attention's matrices, of width 32, those of rank 16 are too wide to be laid side by side.
+    assert any(joined) and all(joined) == (rank == 2)
 
 
 def test_with_auto_precision_a_stage_goes_on_bit_for_bit_and_old_generations_keep_their_bytes(
@@ -104,9 +117,10 @@ def test_with_auto_precision_a_stage_goes_on_bit_for_bit_and_old_generations_kee
         train(path)
         assert rounded and all(rounded)  # something was frozen, and took half the memory
         expected = hashes()
-        stages = sorted(Path("mlruns/stages").iterdir(), key=lambda one: one.stat().st_mtime)
-        first, second = (load_file(one / "model.safetensors") for one in stages)
-        borrowed = json.loads((stages[1] / "config.json").read_text())["borrowed"]
+        store, head = StageStore(Path("mlruns")), json.loads(Path("mlruns/runs/tiny/head.json").read_text())
+        stages = [store.get(key) for key in head["stages"]]
+        first, second = (load_file(one.path / "model.safetensors") for one in stages)
+        borrowed = store.borrowed(stages[1])
         # Of the first stage nothing was stored again; what the second trained is stored as it was trained.
         assert any(".experts.0." in name for name in borrowed) and not borrowed.keys() & second.keys()
         assert {one.dtype for one in [*first.values(), *second.values()]} == {torch.float32}

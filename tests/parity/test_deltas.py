@@ -133,3 +133,73 @@ def test_each_use_of_a_tied_matrix_has_changes_of_its_own(make_model: Callable[.
         moved, kept = both()
         assert all(map(torch.equal, changed, kept))
         assert [torch.equal(*pair) for pair in zip(vectors, moved, strict=True)] == [True, True, False]
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("texts", ["all", "newest", "first", "unknown"])
+@pytest.mark.parametrize("generations", [2, 3, 6])
+def test_side_by_side_generations_compute_the_same(
+    make_model: Callable[..., LanguageModel], generations: int, texts: str, tied: bool
+) -> None:
+    """Training's loss, logits and all gradients in float64, within its rounding."""
+    born = (4, *(Generation(f"s{g}", 2, delta_rank=1 + g % 2) for g in range(1, generations)))
+    ids = torch.randint(1, 61, (2, 17), generator=torch.Generator().manual_seed(3))
+    domains_BS = torch.randint(0, generations, (2, 16), generator=torch.Generator().manual_seed(4))
+    domains_BS = {
+        "all": domains_BS,
+        "newest": torch.full_like(domains_BS, generations - 1),
+        "first": torch.zeros_like(domains_BS),
+        "unknown": domains_BS + 1,
+    }[texts]
+    found = []
+    for joins in (False, True):
+        model = make_model("labelled_bundles", born, model={"width": 32, "tie_embeddings": tied}).double()
+        generator = torch.Generator().manual_seed(5)
+        for matrix in model.delta_matrices():
+            for parameter in matrix.deltas.parameters():
+                nn.init.normal_(parameter, std=0.1, generator=generator)
+        for name, place in model.places().items():  # as a stage of the default method: the newest generation trains
+            model.get_parameter(name).requires_grad_(place.generation == generations - 1)
+        if joins:
+            deltas.join_changes(model.delta_matrices())
+            assert all(1 <= len(matrix.deltas.joined) <= 2 for matrix in model.delta_matrices())
+        hidden_TD = model(TokenBatch(ids[:, :-1], domain_ids_BS=domains_BS)).hidden_BSD.flatten(0, 1)
+        loss = model.head.cross_entropy(hidden_TD, ids[:, 1:].flatten(), domains_BS.flatten())
+        loss = loss + model.head.logits(hidden_TD, domains_BS.flatten()).square().mean()
+        loss.backward()
+        # Without tokens some get zeros one way, and nothing the other.
+        grads = {n: p.grad for n, p in model.named_parameters() if p.grad is not None and p.grad.any()}
+        found.append((loss.detach(), grads))
+        deltas.part_changes(model.delta_matrices())
+        assert not any(matrix.deltas.joined for matrix in model.delta_matrices())
+    (ours, grads), (theirs, others) = found
+    assert abs(float(ours - theirs)) <= 3e-15 * float(theirs) and grads.keys() == others.keys()
+    assert texts == "first" or any("deltas" in name for name in grads)
+    norm = float(torch.nn.utils.get_total_norm(grads.values()))
+    for name, one in grads.items():
+        assert float((one - others[name]).norm()) <= 3e-15 * norm, name
+
+
+def test_changes_that_are_together_wider_than_the_matrix_are_not_laid_side_by_side() -> None:
+    linear = DeltaLinear(16, 16)
+    for rank in (0, 4, 4, 1):
+        linear.add_generation(rank)
+        deltas.join_changes([linear])
+        # Two products of 8 columns and 32 rows and columns cost as much as one of 16 by 16.
+        assert bool(linear.deltas.joined) == (0 < sum(len(one.down) for one in linear.deltas.values()) <= 8)
+
+
+def test_what_a_generation_computes_does_not_change_by_a_bit_when_others_are_added() -> None:
+    """Without side by side: on a CPU, and wherever nothing trains."""
+    x, generator = torch.randn(64, 48, generator=torch.Generator().manual_seed(0)), torch.Generator().manual_seed(1)
+    domains_T = torch.randint(0, 3, (64,), generator=generator)
+    linear, found = DeltaLinear(48, 40), []
+    nn.init.normal_(linear.weight, generator=generator)
+    for rank in (0, 5, 3, 7, 1, 6):
+        linear.add_generation(rank)
+        for parameter in list(linear.deltas.parameters())[-2:] if rank else ():
+            nn.init.normal_(parameter, generator=generator)
+        num = linear.deltas.num_generations
+        if num >= 3:
+            found.append(linear(x, GenerationSlices.of(domains_T, num)))
+    assert len(found) == 4 and all(torch.equal(one, found[0]) for one in found)

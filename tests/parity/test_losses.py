@@ -67,6 +67,33 @@ def test_both_losses_in_one_pass(temperature: float, chunk: int, taught: list[in
     torch.testing.assert_close(torch.stack([nats, kl]), torch.stack(values[:2]))
 
 
+@pytest.mark.parametrize("taught", [[], [7, 0, 3]])
+@pytest.mark.parametrize("chunk", [1, 4, 100])
+def test_low_rank_changes_are_those_of_the_whole_head(taught: list[int], chunk: int) -> None:
+    hidden, head, target = inputs(9, 4, 11)
+    factors = [inputs(9, 2, 11, seed=1)[:2], inputs(9, 3, 11, seed=2)[:2]]
+    lesson = TeacherTargets(torch.tensor(taught), *inputs(len(taught), 3, 11, seed=3)[:2], 2.0, weight=0.7)
+    leaves = [hidden, head, *(factor for pair in factors for factor in pair)]
+    found = []
+    for side_by_side in (True, False):
+        for leaf in leaves:
+            leaf.grad = None
+            leaf.requires_grad_(leaf is not factors[1][1])  # the second pair's second is frozen
+        if side_by_side:
+            loss = linear_losses(hidden, head, target, lesson if taught else None, chunk, factors)[0]
+        else:
+            logits = hidden @ head.t() + sum(low @ up.t() for low, up in factors)
+            loss = F.cross_entropy(logits, target)
+            if taught:
+                loss = loss + 0.7 * distillation_loss(logits[taught], lesson.hidden_ND @ lesson.head_VD.t(), 2.0)
+        (3.0 * loss).backward()
+        found.append([loss.detach(), *(leaf.grad for leaf in leaves)])
+    for ours, theirs in zip(*found, strict=True):
+        assert (ours is None) == (theirs is None)
+        if ours is not None:
+            torch.testing.assert_close(ours, theirs)
+
+
 def test_only_the_sum_carries_gradients() -> None:
     hidden, head, target = inputs(5, 3, 4)
     lesson = TeacherTargets(torch.tensor([1]), hidden[:1], head, 2.0, 1.0)

@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lifelong_moe.errors import CorruptError
+from lifelong_moe.model.deltas import join_changes, part_changes
 from lifelong_moe.model.offload import WeightStreamer, offloaded
 from lifelong_moe.model.tokens import TokenBatch
 from lifelong_moe.model.transformer import LanguageModel, ModelOutput
@@ -123,6 +124,14 @@ class StageModule(LightningModule):
         for model in (self.model, *self._teacher):
             for layer in () if model is None else model.moe_layers():
                 layer.banks.join()
+            # Not on a CPU, where a generation's bits are the same whatever comes after it.
+            if model is not None and self.device.type != "cpu":
+                join_changes(model.delta_matrices())
+
+    def on_fit_end(self) -> None:
+        """Undo what copies frozen changes."""
+        for model in (self.model, *self._teacher):
+            part_changes(() if model is None else model.delta_matrices())
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Restore the random state of an interrupted run before its next step."""
