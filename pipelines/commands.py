@@ -56,11 +56,13 @@ def run(
 
     loaded = read_run(config, overrides or [])
     check_memory(loaded.config)
+    from pipelines.run.nodes import on_nodes
     from pipelines.run.run import run as run_stages
 
     silence_libraries()
     threads.say()
-    finish(run_stages(loaded, replace, console(as_json)).to_json(), as_json)
+    shown = console(as_json)
+    on_nodes(loaded.config.trainer, lambda: finish(run_stages(loaded, replace, shown).to_json(), as_json), shown)
 
 
 @opens_store

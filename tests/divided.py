@@ -111,11 +111,18 @@ class Watch(Callback):
             self.curves.append(pl_module.means.values)
 
 
-def take_steps(begin: Begin, accumulate: int, processes: int = 1) -> tuple[dict[str, Tensor], Watch]:
-    """Take the steps, each in so many micro-batches of each process; the weights, and what was seen."""
+def take_steps(begin: Begin, accumulate: int, processes: int = 1, nodes: int = 1) -> tuple[dict[str, Tensor], Watch]:
+    """Take the steps, each in so many micro-batches of each process; the weights, and what was seen.
+
+    Processes are those of each node.
+    """
     (module, dataset), watch = begin(), Watch()
     config = TrainerConfig(
-        accelerator="cpu", devices=processes, accumulate_grad_batches=accumulate, deterministic=False
+        accelerator="cpu",
+        devices=processes,
+        num_nodes=nodes,
+        accumulate_grad_batches=accumulate,
+        deterministic=False,
     )
     phase = replace(module.phase, steps=STEPS)
     data = StageData(dataset, PhaseJob(module.spec, phase, 0, 0, 0, 0, Path(), None, Rollbacks(), config))

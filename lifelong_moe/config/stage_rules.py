@@ -60,10 +60,12 @@ def _check_batch(run: RunConfig, i: int, stage: StageConfig) -> None:
     # Equal numbers, since Lightning and DDP take plain means over micro-batches and processes.
     micro, processes = sequences // accumulate, run.trainer.processes
     if micro % processes:
+        nodes = run.trainer.num_nodes
+        where, what = (f" on trainer.num_nodes={nodes} machines", " processes in all") if nodes > 1 else ("", "")
         raise ConfigError(
-            f"trainer.devices={processes} must divide the {micro} sequences of a micro-batch "
+            f"trainer.devices={run.trainer.processes_here}{where} must divide the {micro} sequences of a micro-batch "
             f"(stages[{i}].optim.batch_tokens / model.context / trainer.accumulate_grad_batches); valid are "
-            f"{', '.join(map(str, _divisors(micro)))}."
+            f"{', '.join(map(str, _divisors(micro)))}{what}."
         )
 
 

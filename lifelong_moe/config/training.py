@@ -120,7 +120,8 @@ class TrainerConfig:
     its tokens at once; otherwise results do not depend on it. More than one GPU is not supported yet. The first device
     also evaluates, inspects and writes text, or the CPU on a machine without it."""
     num_nodes: int = 1
-    """Number of machines; only 1 is supported yet."""
+    """Number of machines, each with ``devices``. With more than one, torchrun or srun starts ``lifelong-moe run`` once
+    on each of them, in a working directory that they share (docs/scheduling.md)."""
     strategy: str = "auto"
     """``auto``, ``ddp``, and so on; several processes train with ``ddp``, which ``auto`` then chooses."""
     precision: str = "32-true"
@@ -185,8 +186,6 @@ class TrainerConfig:
         is_long = isinstance(self.devices, str) and len(self.devices) > 20
         if is_long or self.processes > LARGEST["devices"]:
             raise ConfigError(f"trainer.devices={self.devices} must be at most {LARGEST['devices']:,} devices.")
-        if self.num_nodes > 1:
-            raise ConfigError(f"trainer.num_nodes={self.num_nodes}: a run is on one machine so far. Set it to 1.")
         # Lightning would start processes of its own; ours begin once the main process has prepared model and text.
         if any(word in self.strategy for word in ("spawn", "fork", "notebook")):
             raise ConfigError(f"trainer.strategy={self.strategy} is not supported; set trainer.strategy=ddp.")
@@ -209,7 +208,12 @@ class TrainerConfig:
 
     @property
     def processes(self) -> int:
-        """Processes that take every step together."""
+        """Processes that take every step together, on all machines."""
+        return self.processes_here * self.num_nodes
+
+    @property
+    def processes_here(self) -> int:
+        """Those on each machine."""
         if isinstance(self.devices, list):
             return len(self.devices)
         # Lightning decides what "auto" and -1 mean; `build_trainer` compares its number of processes with this one.

@@ -448,7 +448,17 @@ def test_curves_are_sent_once(lab: Path, monkeypatch: pytest.MonkeyPatch) -> Non
             "trainer.strategy=fsdp with trainer.devices=2: several processes train with ddp only. Set "
             "trainer.strategy=ddp.",
         ),
-        (("trainer.num_nodes=2",), "trainer.num_nodes=2: a run is on one machine so far. Set it to 1."),
+        (
+            ("trainer.devices=1", "trainer.num_nodes=2"),
+            "trainer.num_nodes=2: only `lifelong-moe run`, started on each machine by torchrun or srun, trains on "
+            "several; see docs/scheduling.md.",
+        ),
+        (
+            ("trainer.num_nodes=3",),
+            "trainer.devices=2 on trainer.num_nodes=3 machines must divide the 4 sequences of a micro-batch "
+            "(stages[0].optim.batch_tokens / model.context / trainer.accumulate_grad_batches); valid are 1, 2, 4 "
+            "processes in all.",
+        ),
     ],
 )
 def test_what_cannot_be_divided_is_refused(lab: Path, overrides: tuple[str, ...], message: str) -> None:

@@ -28,7 +28,7 @@ LIMITS: list[tuple[type, str, tuple[list[Any], list[Any]]]] = [
     (OptimConfig, "min_lr_fraction", SHARE), (OptimConfig, "decay_fraction", SHARE),
     (OptimConfig, "router_until", SHARE), (OptimConfig, "beta1", BELOW_ONE), (OptimConfig, "beta2", BELOW_ONE),
     (OptimConfig, "batch_tokens", FROM_ONE), (OptimConfig, "weight_decay", ([0.0], [-TINY])),
-    (TrainerConfig, "num_nodes", ([1], [0, 2])), (TrainerConfig, "accumulate_grad_batches", FROM_ONE),
+    (TrainerConfig, "num_nodes", ([1, 1_024], [0, 1_025])), (TrainerConfig, "accumulate_grad_batches", FROM_ONE),
     (TrainerConfig, "log_every_n_steps", FROM_ONE), (TrainerConfig, "gradient_clip", ([0.0], [-TINY])),
     (TrainerConfig, "num_workers", FROM_ZERO), (CheckpointConfig, "every_steps", FROM_ONE),
     (CheckpointConfig, "keep", FROM_ONE), (FinetuneConfig, "expert_dropout", BELOW_ONE),

@@ -20,6 +20,7 @@ LARGEST = {
     # Each is a process.
     "num_workers": 1_024,
     "devices": 1_024,
+    "num_nodes": 1_024,
     # Rows of a matrix of draws or of features.
     "resamples": 100_000,
     "permutations": 100_000,

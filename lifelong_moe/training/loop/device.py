@@ -26,7 +26,12 @@ def require_trainer(config: TrainerConfig) -> None:
     Raises:
         ConfigError: If it cannot.
     """
-    every_machine_has_it = config.devices == 1 and config.accelerator in ("auto", "cpu")
+    if config.num_nodes > 1:
+        with importing_lightning():
+            from lifelong_moe.training.ranks.nodes import joined
+
+        joined(config)
+    every_machine_has_it = config.processes == config.devices == 1 and config.accelerator in ("auto", "cpu")
     is_plain = config.strategy in ("auto", "ddp") and not config.benchmark and not config.detect_anomaly
     names_classes = bool(config.callbacks or config.logger)
     is_default = config.deterministic is None and config.profiler is None and not names_classes

@@ -41,6 +41,7 @@ from lifelong_moe.training.loop.optimizer import phase_parameters, training_only
 from lifelong_moe.training.loop.random_state import seed_rank
 from lifelong_moe.training.loop.rollback import NonfiniteStepsError
 from lifelong_moe.training.loop.trainer import build_trainer, own_callbacks, own_loggers
+from lifelong_moe.training.ranks.nodes import joined
 from lifelong_moe.training.ranks.supervise import run_ranks
 from lifelong_moe.training.ranks.surroundings import Surroundings
 
@@ -147,7 +148,7 @@ class PhaseFit:
         hand_over(folder, job, module.handed_over(), self._text(), self._more())
         try:
             with here.interrupt.until_step_boundary():
-                last = run_ranks(job.trainer.processes, RANK_WORK, folder, here)
+                last = run_ranks(job.trainer.processes_here, RANK_WORK, folder, here, joined(job.trainer))
         finally:
             shutil.rmtree(folder, ignore_errors=True)
         if last is not None:

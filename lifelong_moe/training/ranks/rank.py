@@ -15,7 +15,7 @@ import signal
 import threading
 import traceback
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from importlib import import_module
@@ -26,6 +26,7 @@ from typing import Any, TextIO
 import torch
 import torch.distributed as dist
 from rich.console import Console
+from torch.distributed import FileStore, PrefixStore, Store, TCPStore  # type: ignore[attr-defined]
 from torch.multiprocessing import _prctl_pr_set_pdeathsig  # type: ignore[attr-defined]
 
 from lifelong_moe.errors import LifelongError
@@ -59,6 +60,8 @@ class Orders:
     width: int
     """Columns of the main process's console."""
     is_terminal: bool
+    meeting: Sequence[Any] | None = None
+    """Host, port and prefix of the store where the ranks of several machines meet; on one it is a file."""
 
 
 def run_rank(orders: Orders) -> None:
@@ -67,8 +70,8 @@ def run_rank(orders: Orders) -> None:
     _prepare(rank, orders.parent, pipe)
     folder = Path(orders.folder)
     try:
-        store = dist.FileStore(str(folder / MEETING), number)  # type: ignore[attr-defined]
         limit = timedelta(seconds=orders.timeout)
+        store = _meeting(orders.meeting, folder, number, limit)
         dist.init_process_group("gloo", store=store, rank=rank, world_size=number, timeout=limit)
         outcome = {"result": _work(orders.entry)(rank, folder, _surroundings(orders, pipe))}
         dist.destroy_process_group()
@@ -78,6 +81,14 @@ def run_rank(orders: Orders) -> None:
         lost = isinstance(error, dist.DistError) or any(words in str(error) for words in PEER_LOST)
         outcome = {"lost": str(error)} if lost else {"bug": traceback.format_exc()}
     pipe.tell(outcome)
+
+
+def _meeting(meeting: Sequence[Any] | None, folder: Path, number: int, limit: timedelta) -> Store:
+    """Where the ranks find each other."""
+    if meeting is None:
+        return FileStore(str(folder / MEETING), number)
+    host, port, prefix = meeting
+    return PrefixStore(prefix, TCPStore(host, port, is_master=False, timeout=limit))
 
 
 def _work(entry: str) -> Work:

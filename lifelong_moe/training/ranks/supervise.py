@@ -17,7 +17,8 @@ import sys
 import time
 import warnings
 from collections.abc import Sequence
-from dataclasses import asdict
+from contextlib import suppress
+from dataclasses import asdict, dataclass
 from multiprocessing import Pipe
 from multiprocessing.connection import wait
 from pathlib import Path
@@ -25,7 +26,8 @@ from subprocess import DEVNULL, Popen
 from typing import Any
 
 from lifelong_moe import errors
-from lifelong_moe.errors import TryAgainError
+from lifelong_moe.errors import LifelongError, TryAgainError
+from lifelong_moe.training.ranks.nodes import Nodes, await_folder
 from lifelong_moe.training.ranks.rank import MEETING, Orders
 from lifelong_moe.training.ranks.surroundings import Surroundings
 
@@ -39,27 +41,66 @@ MODULE = "lifelong_moe.training.ranks"
 """Run as a command, by its ``__main__.py``."""
 
 
-def run_ranks(number: int, entry: str, folder: Path, here: Surroundings) -> Any:
-    """Run work in several ranks, and return the result of rank 0.
+def run_ranks(number: int, entry: str, folder: Path, here: Surroundings, nodes: Nodes | None = None) -> Any:
+    """Run work in several ranks, and return the result of the first of them.
 
     Args:
-        number: Of ranks.
+        number: Of ranks on this machine.
         entry: The work of each rank, ``module:function``; see :data:`lifelong_moe.training.ranks.rank.Work`.
         folder: With all that the work needs.
         here: Of the main process: a request to stop is passed on, and rank 0's curves and words come out here.
+        nodes: Other machines that take part, each with as many ranks.
 
     Raises:
         LifelongError: What a rank raised, with the same message.
         TryAgainError: If a rank died or did not answer.
         RuntimeError: After a bug in a rank; with its traceback.
     """
-    # A file that a killed main process left would make the new ranks meet the dead ones.
-    (folder / MEETING).unlink(missing_ok=True)
-    ranks: list[_Rank] = []
+    if nodes is None:
+        # A file that a killed main process left would make the new ranks meet the dead ones.
+        (folder / MEETING).unlink(missing_ok=True)
+        return _run_here(number, entry, folder, here, None)
+    nodes.begin(entry, folder)
     try:
-        for rank in range(number):
-            ranks.append(_Rank(rank, number, entry, folder, here))
-        _supervise(ranks, here)
+        await_folder(folder)
+        result = _run_here(number, entry, folder, here, nodes)
+    except BaseException as error:
+        nodes.end(error)
+        # Where a rank elsewhere was the first to fail, ranks here have only lost it.
+        if isinstance(error, TryAgainError) and (cause := nodes.failure(GRACE_SECONDS)) is not None:
+            raise cause from None
+        raise
+    nodes.end(None)
+    return result
+
+
+def lend_ranks(nodes: Nodes, number: int, here: Surroundings) -> int:
+    """Run this machine's ranks of all phases, until node 0 has ended; returns its exit code.
+
+    Args:
+        nodes: This one is not the first.
+        number: Of ranks on this machine.
+        here: Of this process: a request to stop is passed on.
+
+    Raises:
+        TryAgainError: If node 0 is gone, or after SIGTERM between two phases.
+    """
+    while "over" not in (told := nodes.wait_for_phase()):
+        # Node 0 hears of the error and decides; it may be one that makes it begin the phase again.
+        with suppress(LifelongError, RuntimeError), here.interrupt.until_step_boundary():
+            run_ranks(number, told["entry"], Path(told["folder"]), here, nodes)
+    nodes.leave()
+    return int(told["over"])
+
+
+def _run_here(number: int, entry: str, folder: Path, here: Surroundings, nodes: Nodes | None) -> Any:
+    ranks: list[_Rank] = []
+    first, world = (0, number) if nodes is None else (nodes.rank * number, nodes.number * number)
+    try:
+        for local in range(number):
+            place = _Place(first + local, local, world, 0 if nodes is None else nodes.rank)
+            ranks.append(_Rank(place, entry, folder, here, None if nodes is None else nodes.meeting))
+        _supervise(ranks, here, nodes)
     finally:
         # Also after Ctrl-C: no rank outlives this call.
         for one in ranks:
@@ -69,26 +110,58 @@ def run_ranks(number: int, entry: str, folder: Path, here: Surroundings) -> Any:
     return _result(ranks)
 
 
+@dataclass(frozen=True)
+class _Place:
+    """A rank's place among all."""
+
+    rank: int
+    local: int
+    """Its number on its machine."""
+    number: int
+    """Of ranks on all machines."""
+    node: int
+
+    def environment(self) -> dict[str, str]:
+        """Environment variables: this process's, and those that torchrun would set."""
+        # Absolute, since "" stands for the working directory; and all of it, for a caller may have added to it.
+        path = os.pathsep.join(os.path.abspath(one) for one in sys.path)
+        own = {"RANK": self.rank, "LOCAL_RANK": self.local, "WORLD_SIZE": self.number, "NODE_RANK": self.node}
+        told = {name: str(number) for name, number in own.items()}
+        return {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", **told}
+
+
 class _Rank:
     """A rank as the main process sees it."""
 
-    def __init__(self, rank: int, number: int, entry: str, folder: Path, here: Surroundings) -> None:
-        self.rank, self.number = rank, number
+    def __init__(
+        self, place: _Place, entry: str, folder: Path, here: Surroundings, meeting: Sequence[Any] | None
+    ) -> None:
+        self.rank, self.number = place.rank, place.number
         self.outcome: dict[str, Any] = {}
         """Empty until it arrives: ``result``, or ``error`` with its ``message``, ``lost`` (a peer) or ``bug``."""
         self.killed = False
         self.pipe, theirs = Pipe()
         console = here.console
         told = Orders(
-            entry, str(folder), theirs.fileno(), os.getpid(), TIMEOUT_SECONDS, console.width, console.is_terminal
+            entry=entry,
+            folder=str(folder),
+            pipe=theirs.fileno(),
+            parent=os.getpid(),
+            timeout=TIMEOUT_SECONDS,
+            width=console.width,
+            is_terminal=console.is_terminal,
+            meeting=meeting,
         )
+        environment = place.environment()
+        if meeting is None:
+            environment.setdefault("GLOO_SOCKET_IFNAME", "lo")  # all are on this machine
         # `-P`: nothing is imported from the working directory unless this process does so, too.
         command = [sys.executable, "-P", "-m", MODULE, json.dumps(asdict(told))]
         # In a rank SIGTERM stays pending, from the first moment on: a handler would act on one rank alone. So does
         # Ctrl-C, until the rank ignores it.
         before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGINT})
         try:
-            self.process = Popen(command, env=_environment(rank, number), pass_fds=[theirs.fileno()], stdin=DEVNULL)
+            self.process = Popen(command, env=environment, pass_fds=[theirs.fileno()], stdin=DEVNULL)
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
             theirs.close()
@@ -133,15 +206,7 @@ class _Rank:
         self.pipe.close()
 
 
-def _environment(rank: int, number: int) -> dict[str, str]:
-    """A rank's environment variables: this process's, and those that torchrun would set."""
-    # Absolute, since "" stands for the working directory; and all of it, for a caller may have added to it.
-    path = os.pathsep.join(os.path.abspath(one) for one in sys.path)
-    own = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(number)}
-    return {"GLOO_SOCKET_IFNAME": "lo", **os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", **own}
-
-
-def _supervise(ranks: Sequence[_Rank], here: Surroundings) -> None:
+def _supervise(ranks: Sequence[_Rank], here: Surroundings, nodes: Nodes | None) -> None:
     """Relay messages and a request to stop until all ranks ended, one died, or one failed and time is up."""
     asked, failed_at = False, None
     while any(rank.code is None or not rank.pipe.closed for rank in ranks):
@@ -157,7 +222,8 @@ def _supervise(ranks: Sequence[_Rank], here: Surroundings) -> None:
         # Killed by a signal: the others would wait for it until the timeout.
         if any((rank.code or 0) < 0 for rank in ranks):
             return
-        if failed_at is None and any(rank.failed for rank in ranks):
+        has_failed = any(rank.failed for rank in ranks) or (nodes is not None and nodes.failure() is not None)
+        if failed_at is None and has_failed:
             failed_at = time.monotonic()
         if failed_at is not None and time.monotonic() - failed_at > GRACE_SECONDS:
             return

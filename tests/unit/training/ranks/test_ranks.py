@@ -20,7 +20,7 @@ from rich.console import Console
 from lifelong_moe.errors import ConfigError, TryAgainError
 from lifelong_moe.training.callbacks.interrupt import Interrupt
 from lifelong_moe.training.ranks import rank
-from lifelong_moe.training.ranks.supervise import _environment, _Rank, _result
+from lifelong_moe.training.ranks.supervise import _Place, _Rank, _result
 from lifelong_moe.training.ranks.surroundings import Surroundings
 
 
@@ -47,15 +47,12 @@ def test_all_ranks_but_the_first_are_silent(monkeypatch: pytest.MonkeyPatch, num
 
 def test_a_rank_is_told_what_torchrun_would_tell_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "path", ["", "/some/where"])
-    monkeypatch.delenv("GLOO_SOCKET_IFNAME", raising=False)
-    found = _environment(1, 4)
-    assert {name: found[name] for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE")} == {
-        "RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "4",
+    found = _Place(rank=5, local=1, number=8, node=1).environment()
+    assert {name: found[name] for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "NODE_RANK")} == {
+        "RANK": "5", "LOCAL_RANK": "1", "WORLD_SIZE": "8", "NODE_RANK": "1",
     }  # fmt: skip
     assert (found["PYTHONPATH"], found["OMP_NUM_THREADS"]) == (f"{os.getcwd()}{os.pathsep}/some/where", "1")
-    assert found["GLOO_SOCKET_IFNAME"] == "lo" and found["PATH"] == os.environ["PATH"]
-    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "eth0")
-    assert _environment(1, 4)["GLOO_SOCKET_IFNAME"] == "eth0"
+    assert found["PATH"] == os.environ["PATH"]
 
 
 def test_what_a_rank_says_comes_out_here(caplog: pytest.LogCaptureFixture) -> None:
