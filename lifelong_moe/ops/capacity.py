@@ -56,7 +56,7 @@ def within_capacity(
     bucket_N = torch.where(experts_N >= 0, groups_N * num_experts + experts_N, num_groups * num_experts)
     # Stable: within a bucket the order of service stays.
     sorted_N = torch.argsort(bucket_N, stable=True)
-    size_B = torch.bincount(bucket_N, minlength=num_groups * num_experts + 1)
+    size_B = _sizes(bucket_N, torch.ones_like(bucket_N), num_groups * num_experts + 1)
     starts_B = size_B.cumsum(0) - size_B
     place_N = torch.empty_like(bucket_N)
     place_N[sorted_N] = torch.arange(len(bucket_N), device=bucket_N.device) - starts_B[bucket_N[sorted_N]]
@@ -65,8 +65,14 @@ def within_capacity(
     fits_N = place_N + before_B[bucket_N] < capacity
     kept_N = torch.empty_like(fits_N)
     kept_N[order_N] = fits_N
-    added_B = torch.bincount(bucket_N[fits_N], minlength=num_groups * num_experts + 1)[:-1]
+    added_B = _sizes(bucket_N, fits_N.long(), num_groups * num_experts + 1)[:-1]
     return kept_N.view_as(expert_ids_TK), taken_GE + added_B.view_as(taken_GE)
+
+
+def _sizes(bucket_N: Tensor, counted_N: Tensor, num: int) -> Tensor:
+    """How often each bucket is counted, int64 ``(num,)``."""
+    # Not bincount, by which the host would wait for a GPU.
+    return bucket_N.new_zeros(num).scatter_add(0, bucket_N, counted_N)
 
 
 def within_capacity_readable(

@@ -53,10 +53,10 @@ def load_balancing_loss(
     """
     _require_tokens(mask_T, "load_balancing_loss")
     counts_E = choice_counts(expert_ids_TK, mask_T, probs_TE.shape[1]).to(probs_TE.dtype)
-    sums = [counts_E, _sum(probs_TE, mask_T), mask_T.sum().to(probs_TE.dtype)]
+    sums = [counts_E, masked_sum(probs_TE, mask_T), mask_T.sum().to(probs_TE.dtype)]
     if allowed_TE is not None:
         allowed = allowed_TE.to(probs_TE.dtype)
-        sums.append(_sum(allowed / allowed.sum(dim=1, keepdim=True), mask_T))
+        sums.append(masked_sum(allowed / allowed.sum(dim=1, keepdim=True), mask_T))
     # One message for all sums; gradients flow through the probabilities alone.
     counts_E, probs_E, num_tokens, *evens = sums_over_ranks(*sums)
     counts_E = (counts_E if earlier_E is None else counts_E + earlier_E)[first_expert:]
@@ -156,14 +156,14 @@ def relu_sparsity_loss(gates_TE: Tensor, mask_T: Tensor, top_k: int) -> Tensor:
     Source:
         ReMoE (arXiv:2412.14711), eqs. 9–10.
     """
-    used_E, gates_E = _sum(gates_TE.gt(0).to(gates_TE.dtype), mask_T), _sum(gates_TE, mask_T)
+    used_E, gates_E = masked_sum(gates_TE.gt(0).to(gates_TE.dtype), mask_T), masked_sum(gates_TE, mask_T)
     used_E, gates_E, num_tokens = sums_over_ranks(used_E, gates_E, mask_T.sum().to(gates_TE.dtype))
     num_tokens = num_tokens.clamp_min(1.0)
     # Detached: load is a factor, and only gates are pushed down.
     return (gates_E / num_tokens * (used_E / num_tokens).detach()).sum() * gates_TE.shape[1] / top_k
 
 
-def _sum(values: Tensor, mask_T: Tensor) -> Tensor:
+def masked_sum(values: Tensor, mask_T: Tensor) -> Tensor:
     """Sum over unmasked tokens of ``(T,)`` or ``(T, E)``."""
     mask = mask_T if values.dim() == 1 else mask_T.unsqueeze(1)
     # `where` and not a product: padding may hold infinities, and 0 · inf is NaN.
@@ -172,7 +172,7 @@ def _sum(values: Tensor, mask_T: Tensor) -> Tensor:
 
 def _mean(values: Tensor, mask_T: Tensor) -> Tensor:
     """Mean over unmasked tokens of ``(T,)`` or ``(T, E)``; 0 if there are none."""
-    return _sum(values, mask_T) / mask_T.sum().clamp_min(1)
+    return masked_sum(values, mask_T) / mask_T.sum().clamp_min(1)
 
 
 def _mean_shares(sum_E: Tensor, num_tokens: Tensor, first_expert: int) -> Tensor:

@@ -64,7 +64,7 @@ class RouterLoss:
 
     value: Tensor
     """Unweighted scalar, float32."""
-    coefficient: float
+    coefficient: float | Tensor
     """Its factor in the training loss, in which the layers' losses are summed."""
 
 

@@ -91,7 +91,10 @@ def _order(priority: Priority, scores_TE: Tensor, top_k: int, training: bool) ->
         return batch_priority_order(scores_TE.amax(dim=1), top_k)
     at_random = priority == Priority.random and training
     # Drawn on the CPU: the same order on every device.
-    tokens_T = torch.randperm(num_tokens).to(device) if at_random else torch.arange(num_tokens, device=device)
+    if at_random:
+        tokens_T = torch.randperm(num_tokens).to(device, non_blocking=True)
+    else:
+        tokens_T = torch.arange(num_tokens, device=device)
     return choice_order(tokens_T, top_k)
 
 
@@ -113,7 +116,8 @@ def _next_choices(
     ranked_TE = ranks_TE.argsort(dim=1, descending=True, stable=True)
     for candidate_T1 in ranked_TE.split(1, dim=1):
         lacking_TK = (final_TK < 0) & (wanted_TK >= 0)
-        if not bool(lacking_TK.any()):
+        # On a GPU the host would wait for the answer, which costs more than rounds without anything to do.
+        if lacking_TK.device.type == "cpu" and not bool(lacking_TK.any()):
             break
         # One place a token at a time, so that no token gets an expert twice.
         first_TK = lacking_TK & (lacking_TK.cumsum(dim=1) == 1)

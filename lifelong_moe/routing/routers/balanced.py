@@ -43,9 +43,18 @@ class BalancedRouter(LinearRouter):
             ids_T = logits_TE.argmax(dim=1)
             losses = {}
             if self.training:
-                ids_T = ids_T.clone()
                 # Detached: rows learn through the weight below, not through the assignment.
-                ids_T[context.mask_T] = balanced_assignment(logits_TE[context.mask_T].detach())
+                ids_T = torch.where(context.mask_T, _assigned(logits_TE.detach(), context.mask_T), ids_T)
                 losses = z_losses(self.config, logits_TE, context)
             weights_T1 = logits_TE.gather(1, ids_T.unsqueeze(1)).sigmoid()
         return Routing(ids_T.unsqueeze(1), weights_T1, self.num_experts, losses)
+
+
+def _assigned(scores_TE: Tensor, mask_T: Tensor) -> Tensor:
+    """Balanced experts of the unmasked tokens, int64 ``(T,)``; 0 for the others."""
+    # To the CPU, where the assignment is computed, in one piece: a GPU is waited for once.
+    *columns, real_T = torch.cat([scores_TE, mask_T.unsqueeze(1).to(scores_TE.dtype)], dim=1).cpu().unbind(dim=1)
+    real_T = real_T > 0
+    ids_T = torch.zeros(len(scores_TE), dtype=torch.int64)
+    ids_T[real_T] = balanced_assignment(torch.stack(columns, dim=1)[real_T])
+    return ids_T.to(scores_TE.device, non_blocking=True)

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from lifelong_moe.config.routing.routers import NoisyConfig
 from lifelong_moe.ops.noisy import prob_in_top_k
-from lifelong_moe.ops.router_losses import cv_squared
+from lifelong_moe.ops.router_losses import cv_squared, masked_sum
 from lifelong_moe.routing.base import RouterLoss, Routing, RoutingContext
 from lifelong_moe.routing.linear import LinearRouter
 from lifelong_moe.routing.losses import Choices, balance_losses, z_losses
@@ -51,7 +51,7 @@ class NoisyRouter(LinearRouter):
             clean_TE = self.logits(x_TD)
             noisy_TE = clean_TE
             if self.training:
-                raw_TE = F.linear(x_TD.float(), torch.cat([rows.float() for rows in self.noise_rows]))
+                raw_TE = self.products(x_TD, self.noise_rows)
                 # softplus keeps it positive, the constant away from 0, by which the load divides.
                 deviation_TE = F.softplus(raw_TE) + LEAST_DEVIATION
                 noisy_TE = clean_TE + torch.randn_like(clean_TE) * deviation_TE
@@ -65,12 +65,12 @@ class NoisyRouter(LinearRouter):
                 mask_T = context.mask_T
                 gates_TE = torch.zeros_like(clean_TE).scatter(1, ids_TK, weights_TK)
                 if config.importance_loss:
-                    losses["importance"] = RouterLoss(cv_squared(gates_TE[mask_T].sum(dim=0)), config.importance_loss)
+                    losses["importance"] = RouterLoss(cv_squared(masked_sum(gates_TE, mask_T)), config.importance_loss)
                 if config.load_loss:
                     if config.top_k < self.num_experts:
                         load_TE = prob_in_top_k(clean_TE, noisy_TE, deviation_TE, config.top_k)
                     else:
                         # Every expert is chosen, whatever the noise: the load is a plain count.
                         load_TE = torch.ones_like(clean_TE)
-                    losses["load"] = RouterLoss(cv_squared(load_TE[mask_T].sum(dim=0)), config.load_loss)
+                    losses["load"] = RouterLoss(cv_squared(masked_sum(load_TE, mask_T)), config.load_loss)
         return Routing(ids_TK, weights_TK, self.num_experts, losses)

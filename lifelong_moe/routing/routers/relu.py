@@ -49,9 +49,10 @@ class ReluRouter(LinearRouter):
                 losses = balance_losses(self.config, self.generations, made, context)
                 losses |= z_losses(self.config, logits_TE, context)
                 value = relu_sparsity_loss(gates_TE, context.mask_T, self.config.top_k)
-                losses["sparsity"] = RouterLoss(value, float(self.coefficient))
-                positive_TE = (gates_TE > 0)[context.mask_T]
-                counts = torch.tensor([int(positive_TE.sum()), positive_TE.numel()], device=x_TD.device)
+                # A copy, for it changes in place before another step; no number, for which a GPU would be waited for.
+                losses["sparsity"] = RouterLoss(value, self.coefficient.clone())
+                positive = ((gates_TE > 0) & context.mask_T.unsqueeze(1)).sum()
+                counts = torch.stack([positive, context.mask_T.sum() * gates_TE.shape[1]])
                 # Over all processes, so that each adapts its coefficient alike.
                 seen = sum_over_ranks(counts)
                 self.used_and_all = seen if self.used_and_all is None else self.used_and_all + seen
@@ -62,5 +63,5 @@ class ReluRouter(LinearRouter):
         seen, self.used_and_all = self.used_and_all, None
         if taken and seen is not None:
             # Products of whole numbers: exact, hence the same on every device.
-            too_many = int(seen[0]) * self.num_experts > int(seen[1]) * self.config.top_k
-            self.coefficient *= FACTOR if too_many else 1 / FACTOR
+            too_many = seen[0] * self.num_experts > seen[1] * self.config.top_k
+            self.coefficient *= torch.where(too_many, FACTOR, 1 / FACTOR).to(self.coefficient.dtype)

@@ -85,6 +85,30 @@ def test_noise_is_for_training_and_has_gradients(make_router: Make) -> None:
     torch.testing.assert_close(first.weights_TK.sum(dim=1), torch.ones(TOKENS))
 
 
+def test_a_later_generation_does_not_change_how_earlier_noise_is_rounded(
+    make_router: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch, "randn_like", torch.ones_like)
+    x, found = torch.randn(1024, 96, generator=torch.Generator().manual_seed(0)), []
+    for later in (0, 4):
+        router = make_router(8, width=96, mode="noisy_topk")
+        generator = torch.Generator().manual_seed(1)
+        for rows in router.preset_parameters():
+            torch.nn.init.normal_(rows, generator=generator)
+        if later:
+            router.add_experts(later)
+            router.set_rows(torch.zeros(later, 96))
+        for rows in router.row_generations()[:1]:
+            torch.nn.init.zeros_(rows)
+        routing = router(x, context(1024, 4))
+        is_old_T = (routing.expert_ids_TK < 8).all(dim=1)
+        found.append((routing.expert_ids_TK, routing.weights_TK, is_old_T))
+    both_T = found[0][2] & found[1][2]
+    assert int(both_T.sum()) > 900
+    assert torch.equal(found[0][0][both_T], found[1][0][both_T])
+    assert torch.equal(found[0][1][both_T], found[1][1][both_T])
+
+
 # --- hierarchical
 
 
