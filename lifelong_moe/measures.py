@@ -117,7 +117,10 @@ MEASURES: Mapping[str, Measure] = {
     "readers": Measure(
         "generations a token", "", "mixture_generations_per_token/NAME", "that read it, in the mean", "lower", 2
     ),
-    "share": Measure("weight of a generation", PERCENT, "mixture_percent/NAME/STAGE", "in predicting NAME", digits=1),
+    "share": Measure(
+        "weight of a generation", PERCENT, "mixture_percent/NAME/STAGE",
+        "in predicting NAME; not logged where it is below 1 % and was after the stage before", digits=1,
+    ),
     "heldout_over_tokens": Measure(
         "held-out mean", BITS, "over_tokens/heldout_mean_bits_per_byte", "the step is the number of tokens so far",
         "lower",

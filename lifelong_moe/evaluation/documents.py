@@ -48,7 +48,7 @@ def measure_documents(
         # add.at accumulates repeated indices, which += would drop; float64, since a document sums many tokens.
         np.add.at(nats, of_token, batch.nats_T.cpu().numpy())
         np.add.at(tokens, of_token, 1)
-        for member, has_part_RP, _ in batch.shares():
+        for member, has_part_RP, _ in batch.shares:
             # Scored tokens alone: padding and tokens scored in another window have no weight. shape: (R, D)
             weights_RP1 = (member.weights_RP * has_part_RP).unsqueeze(-1)
             hidden_RD = (member.output.hidden_BSD.double() * weights_RP1).sum(dim=1)

@@ -102,7 +102,7 @@ def _chosen(batch: WindowBatch, layer: int) -> tuple[NDArray[np.int64], NDArray[
     shape = len(batch.nats_T), batch.members[0].output.routings[layer].expert_ids_TK.shape[1]
     expert_ids, weights = np.full(shape, -1, dtype=np.int64), np.zeros(shape, dtype=np.float32)
     heaviest = np.zeros(len(batch.nats_T))
-    for member, has_part_RP, places in batch.shares():
+    for member, has_part_RP, places in batch.shares:
         routing, mask = member.output.routings[layer], has_part_RP.flatten()
         weight, of = member.weights_RP[has_part_RP].double().cpu().numpy(), places.cpu().numpy()
         more = weight > heaviest[of]

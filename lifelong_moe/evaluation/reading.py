@@ -10,6 +10,7 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -56,18 +57,21 @@ class WindowBatch:
     nats_T: Tensor
     """Loss of each scored token, float64."""
 
-    def shares(self) -> Iterator[tuple[Member, Tensor, Tensor]]:
+    @cached_property
+    def shares(self) -> list[tuple[Member, Tensor, Tensor]]:
         """Each member with the scored tokens that it has a weight in.
 
-        Yields:
+        Returns:
             The member, which of its own tokens these are, bool ``(R, P)``, and which of the batch's, int64 places in T.
         """
+        found = []
         scored_BS = self.arrays["scored"]
         number_BS = scored_BS.flatten().cumsum(0).view_as(scored_BS) - 1
         for member in self.members:
             here, width = member.windows_R, member.weights_RP.shape[1]
             has_part_RP = scored_BS[here, :width] & (member.weights_RP > 0)
-            yield member, has_part_RP, number_BS[here, :width][has_part_RP]
+            found.append((member, has_part_RP, number_BS[here, :width][has_part_RP]))
+        return found
 
     def tokens(self, windows: EvaluationSet) -> NDArray[np.int64]:
         """The token before each scored target, as a place in the set's shard ``(T,)``; each stands in one batch."""
@@ -79,14 +83,14 @@ class WindowBatch:
         """Assignments of scored tokens by layer and expert, ``(E,)``: float64 by the members' weights, or int64."""
         parts = [
             [one.loads_of((has_part_RP * member.weights_RP).flatten()) for one in member.output.routings]
-            for member, has_part_RP, _ in self.shares()
+            for member, has_part_RP, _ in self.shares
         ]
         return [torch.stack(layer).sum(dim=0) for layer in zip(*parts, strict=True)]
 
     def weights(self, num_generations: int) -> Tensor:
         """Weight of each generation in the prediction of each scored token, float64 ``(T, G)``."""
         found_TG = torch.zeros(len(self.nats_T), num_generations, dtype=torch.float64, device=self.nats_T.device)
-        for member, has_part_RP, places in self.shares():
+        for member, has_part_RP, places in self.shares:
             found_TG[places, member.domain_ids_RP[has_part_RP]] = member.weights_RP[has_part_RP]
         return found_TG
 
@@ -98,7 +102,7 @@ class WindowBatch:
             part_T: Which, int64 ascending places in T.
         """
         mixed = torch.full((len(part_T), model.architecture.num_tokens), -math.inf, device=self.nats_T.device)
-        for member, has_part_RP, places in self.shares():
+        for member, has_part_RP, places in self.shares:
             wanted = torch.isin(places, part_T)
             if not bool(wanted.any()):
                 continue
@@ -296,9 +300,10 @@ class _Texts:
 
     def _known_members(self, known: list[int], now: _Hearing, weights_BSG: Tensor) -> Iterator[Member]:
         """Of the generations that need not read, each with the windows in which it has a weight."""
+        # Of all generations at once: of many, most have a weight nowhere.
+        has_weight_BG = (weights_BSG > 0).any(dim=1) & (now.until_BG == 0)
         for generation in known:
-            has_weight_B = (weights_BSG[:, :, generation] > 0).any(dim=1) & (now.until_BG[:, generation] == 0)
-            here = has_weight_B.nonzero().squeeze(1)
+            here = has_weight_BG[:, generation].nonzero().squeeze(1)
             if len(here):
                 assert self.readings is not None
                 places_R, like = torch.from_numpy(now.places_B)[here], now.arrays["token_ids"]

@@ -5,7 +5,7 @@ Legend: B batch, S sequence, T = B·S tokens, D model width, V vocabulary, F tok
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -81,8 +81,10 @@ class LanguageModel(nn.Module):
         for name in self.table_names.values():
             self.register_buffer(name, torch.zeros(architecture.vocab_size, dtype=torch.int64))
         self.register_state_dict_post_hook(self._leave_out_tied_head)
+        # Found once: generations add no matrices, but more and more modules to look through.
+        matrices = [*self.delta_matrices()]
         for i, generation in enumerate(architecture.generations):
-            self.add_generation(generation)
+            self._add_modules(generation, matrices)
             if i + 1 == architecture.frozen:
                 self.freeze_generations(architecture.continued)
 
@@ -135,19 +137,23 @@ class LanguageModel(nn.Module):
 
     def add_generation(self, generation: Generation) -> None:
         """Add a generation's experts and deltas, uninitialized; the caller updates ``architecture``."""
+        self._add_modules(generation, [*self.delta_matrices()])
+        # Modules are made on the CPU; a model that grows may be elsewhere. It walks through all that is there, so that
+        # a model of many generations, which are made where it is, does without.
+        self.to(self.embedding.weight.device)
+
+    def _add_modules(self, generation: Generation, matrices: Sequence[DeltaLinear | DeltaEmbedding]) -> None:
         for i, layer in enumerate(self.moe_layers()):
             layer.add_experts(generation.experts_in(i), generation.rank)
         if self.document_clusters is not None:
             self.document_clusters.add(generation.experts)
         number = self.embedding.deltas.num_generations
-        for matrix in self.delta_matrices():
+        for matrix in matrices:
             matrix.add_generation(generation.delta_rank)
         for table in (self.embedding, self.head) if generation.tokens else ():
             table.added.add_generation(number, generation.tokens, self.architecture.model.width)
         if self._is_tied and generation.tokens:
             self.head.added[str(number)] = self.embedding.added[str(number)]
-        # Modules are made on the CPU; a model that grows may be elsewhere.
-        self.to(self.embedding.weight.device)
 
     def delta_matrices(self) -> Iterator[DeltaLinear | DeltaEmbedding]:
         """The matrices of the trunk that may have deltas: embedding, attention, head."""

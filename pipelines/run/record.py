@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -177,7 +178,8 @@ class MlflowRecord:
         note = render.stage_note(report, index, self._origin(planned.key) if shared else "")
         own, so_far = report.stages[index], report.stages[: index + 1]
         # The run's alone: a stage's page begins with its curves, and copies of these points would stand before them.
-        self._log(planned, [self.told.run], summary_rows(report))
+        before = self._logged(report.stages[index - 1].key) if index else {}
+        self._log(planned, [self.told.run], summary_rows(report, before))
         self._log(planned, [self.told.run], cost_rows(so_far, index), "run/")
         self._tokens = sum(stage.tokens for stage in so_far)
         final = own.training.get("final", {}).get("train/loss")
@@ -238,16 +240,25 @@ class MlflowRecord:
         """Log the points that MLflow does not have yet; ``place`` tells the run's from the stage's own of one name."""
         if self.told.run is None:
             return
-        folder = self.opened.record.path / "logged"
-        # Those that an earlier version noted in the head stay there, and are logged no second time either.
-        logged = {**self.told.logged.get(planned.key, {}), **read_logged(folder, self.told.run, planned.key)}
+        logged = self._logged(planned.key)
         # MLflow keeps every point, so one logged again would appear twice in its charts.
         new = [row for row in rows if logged.get(place + row[0]) != row[1]]
         for target in targets:
             self.tracker.log_metrics(target, new)
         if new and self.tracker.active:
             now = {**logged, **{place + key: value for key, value, _ in new}}
-            write_logged(folder, LoggedMetrics(self.told.run, planned.key, now))
+            write_logged(self._noted, LoggedMetrics(self.told.run, planned.key, now))
+
+    @property
+    def _noted(self) -> Path:
+        return self.opened.record.path / "logged"
+
+    def _logged(self, stage: str) -> dict[str, float]:
+        """The points that MLflow has of a stage."""
+        if self.told.run is None:
+            return {}
+        # Those that an earlier version noted in the head stay there, and are logged no second time either.
+        return {**self.told.logged.get(stage, {}), **read_logged(self._noted, self.told.run, stage)}
 
     def run_done(self, report: Report, console: Console) -> None:
         """Write pictures and report to the run's folder, log them and the parent's note, and finish it."""

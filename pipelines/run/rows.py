@@ -10,14 +10,23 @@ from lifelong_moe.reports.report import Report, StageReport
 from lifelong_moe.training.callbacks.points import Row
 
 
+LEAST_SHARE = 0.01
+"""A generation of less weight in predicting a text gets no point: there are as many pairs as stages times texts."""
+
+
 def row(key: str, value: float, step: int, distribution: str = "") -> Row:
     """A point of a measure, in its unit; ``value`` as reports have it, where shares are fractions."""
     measure: Measure = MEASURES[key]
     return measure.of(distribution), measure.scale * value, step
 
 
-def summary_rows(report: Report) -> list[Row]:
-    """What the run has reached after its last stage, for the run's page, at step = stage index."""
+def summary_rows(report: Report, before: Mapping[str, float]) -> list[Row]:
+    """What the run has reached after its last stage, for the run's page, at step = stage index.
+
+    Args:
+        report: The run's, until this stage.
+        before: The points of the stage before it, by metric.
+    """
     index = len(report.stages) - 1
     losses = report.bits_per_byte[index]
     rows = [row("bits_per_byte", loss, index, name) for name, loss in zip(report.distributions, losses, strict=True)]
@@ -35,10 +44,10 @@ def summary_rows(report: Report) -> list[Row]:
         rows += [row("final_mean_bits_per_byte", mean, index), row("heldout_over_tokens", mean, tokens)]
     for key in ("experts_per_layer", "parameters_total", "parameters_active", "parameters_trainable"):
         rows.append(row(key, float(getattr(report.stages[index], key)), index))
-    return rows + _routing_rows(report, index)
+    return rows + _routing_rows(report, index, before)
 
 
-def _routing_rows(report: Report, index: int) -> list[Row]:
+def _routing_rows(report: Report, index: int, before: Mapping[str, float]) -> list[Row]:
     """How text is spread over experts and generations; the leak only where later experts could take text."""
     rows: list[Row] = []
     for name, statistics in report.routing.items():
@@ -52,7 +61,10 @@ def _routing_rows(report: Report, index: int) -> list[Row]:
         rows.append(row("readers", use.readers, index, name))
         for born, share in use.shares.items():
             metric, value, step = row("share", share, index, name)
-            rows.append((metric.replace("STAGE", born), value, step))
+            metric = metric.replace("STAGE", born)
+            # Who had a weight gets a last point, so that no curve ends above where it is now.
+            if share >= LEAST_SHARE or before.get(metric, 0.0) >= LEAST_SHARE * MEASURES["share"].scale:
+                rows.append((metric, value, step))
     return rows
 
 
