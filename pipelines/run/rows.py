@@ -9,7 +9,6 @@ from lifelong_moe.measures import MEASURES, Measure
 from lifelong_moe.reports.report import Report, StageReport
 from lifelong_moe.training.callbacks.points import Row
 
-
 LEAST_SHARE = 0.01
 """A generation of less weight in predicting a text gets no point: there are as many pairs as stages times texts."""
 

@@ -1,4 +1,4 @@
-"""What a run of many stages costs by stage: processor seconds by phase, bytes and files; and then the start of commands.
+"""What a run of many stages costs by stage: processor seconds by phase, bytes and files; and what commands then cost.
 
     OMP_NUM_THREADS=1 PYTHONPATH=$PWD python -m tests.benchmarks.long_life --stages 20 --before CHECKOUT
 
