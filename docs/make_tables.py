@@ -318,6 +318,8 @@ TABLES: dict[str, Callable[[], list[str]]] = {
     "waiting-threads": others.waiting_threads,
     "idle": others.idle,
     "idle-writes": others.idle_writes,
+    "long-life": others.long_life,
+    "long-life-start": others.long_life_start,
     "reading": others.reading,
     "waits": others.waits,
     "launches": others.launches,

@@ -269,6 +269,46 @@ def idle() -> list[str]:
     return markdown(["command", "before", "now", "quartiles, now", "over importing torch"], rows, "lrrlr")
 
 
+LONG_LIFE = {
+    "training": ("training", 2, "s"),
+    "evaluation": ("evaluation", 2, "s"),
+    "records": ("records in MLflow", 2, "s"),
+    "record bytes": ("its `config.json`", 1, "kB"),
+    "evaluation bytes": ("its evaluation", 1, "kB"),
+    "logged bytes": ("notes of what MLflow has", 1, "kB"),
+    "pointer bytes": ("the pointer in MLflow's registry", 1, "kB"),
+    "readings bytes": ("readings, in the cache", 0, "kB"),
+    "mlflow.db bytes": ("MLflow's database", 0, "kB"),
+    "files": ("files", 0, ""),
+}
+
+
+def long_life() -> list[str]:
+    """What a stage costs and leaves, early and late in a long run, of two checkouts."""
+    result, rows = read("results/long_life"), []
+    found = {name: result["checkouts"][name]["summary"] for name in ("before", "now")}
+    for key, (words, digits, unit) in LONG_LIFE.items():
+        row = [f"{words}, {unit}" if unit else words]
+        for one in found.values():
+            early, late = (one[key][when] / (1000 if unit == "kB" else 1) for when in ("early", "late"))
+            row += [f"{early:,.{digits}f}", f"{late:,.{digits}f}", f"{late / early:.2f}"]
+        rows.append(row)
+    late = result["stages"] - 3
+    times = [f"{when}, {stage}" for when in ("before", "now") for stage in ("stage 5", f"stage {late}", "ratio")]
+    return markdown([f"a stage of {result['stages']}", *times], rows, "lrrrrrr")
+
+
+def long_life_start() -> list[str]:
+    """What commands cost on that run, of two checkouts."""
+    found = read("results/long_life")["checkouts"]
+    now, before = found["now"]["seconds"], found["before"]["seconds"]
+    torch = now["import torch"]
+    rows = [
+        [what, f"{before[what]:.2f} s", f"{seconds:.2f} s", f"{seconds / torch:.2f}"] for what, seconds in now.items()
+    ]
+    return markdown(["command", "before", "now", "over importing torch"], rows, "lrrr")
+
+
 def reading() -> list[str]:
     """What reading 100 MB takes."""
     rows = [
