@@ -60,7 +60,7 @@ def lineage_rows(store: StageStore, keys: Sequence[str]) -> list[LineageRow]:
             data=stage.data,
             tokenizer=stage.tokenizer.hash,
             experts=expert_names(stage.architecture, stage.name),
-            borrowed_tensors=len(store.borrowed(stage)),
+            borrowed_tensors=len(store.holders(stage)),
             weights_sha256=stage.weights_hash,
             signed_by=store.signed_by(stage.key),
             signature_verified=bool(store.keys.public),

@@ -34,7 +34,7 @@ class StageRecord:
     tokenizer: TokenizerIdentity
     removed: tuple[str, ...] | None = None
     """Names of the parent's tensors that this model does not have; all others that the stage does not hold itself are
-    the parent's (:meth:`lifelong_moe.store.stages.StageStore.borrowed`). None if it takes none from its parent."""
+    the parent's (:meth:`lifelong_moe.store.stages.StageStore.holders`). None if it takes none from its parent."""
     borrowed: dict[str, Key] = field(default_factory=dict)
     """As earlier versions wrote it: for each tensor that another stage holds, the key of that stage."""
     derived: dict[str, Any] | None = None

@@ -178,7 +178,7 @@ class StageStore:
         """
         tensors = self._weights(stage.key)
         by_holder: dict[str, list[str]] = {}
-        for name, key in self.borrowed(stage).items():
+        for name, key in self.holders(stage).items():
             by_holder.setdefault(key, []).append(name)
         # Each holder's file is read once, however many tensors it lends.
         for key, names in by_holder.items():
@@ -205,7 +205,7 @@ class StageStore:
         with naming(path):
             return from_plain(Reference, parse_json(self._files[stage.key].read(REFERENCE), path))
 
-    def borrowed(self, stage: CommittedStage) -> Mapping[str, str]:
+    def holders(self, stage: CommittedStage) -> Mapping[str, str]:
         """The tensors of a stage's model that other stages hold, each with the key of its holder.
 
         Holders are ancestors, so that no record can name a stage of somebody else's.
@@ -312,7 +312,7 @@ class StageStore:
 
     def holder(self, stage: CommittedStage, tensor: str) -> str:
         """Key of the stage that stores a tensor of ``stage``'s model."""
-        return self.borrowed(stage).get(tensor, stage.key)
+        return self.holders(stage).get(tensor, stage.key)
 
 
 def load_weights(directory: VerifiedDirectory, name: str) -> dict[str, Tensor]:

@@ -19,7 +19,7 @@ from lifelong_moe.store.lineage import expert_names, grouped_names
 from lifelong_moe.store.stages import CommittedStage
 
 Holders = Callable[[CommittedStage], Mapping[str, str]]
-"""Key of the holder of each tensor that a stage borrows: :meth:`lifelong_moe.store.stages.StageStore.borrowed`."""
+"""Key of the holder of each tensor that a stage borrows: :meth:`lifelong_moe.store.stages.StageStore.holders`."""
 EXPERT_NAME = re.compile(r"(?P<stage>.+)/L(?P<layer>\d+)/E(?P<expert>\d+)")
 
 

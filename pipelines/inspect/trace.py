@@ -52,7 +52,7 @@ def expert(run: str, name: str, console: Console) -> Mapping[str, Any]:
     head, store = require_head(ROOT, run), StageStore(ROOT)
     if not head.stages:
         raise ConfigError(f"run {run} has no committed stage yet.")
-    found = trace_expert(store.chain(head.stages[-1]), store.borrowed, name)
+    found = trace_expert(store.chain(head.stages[-1]), store.holders, name)
     born = found.born
     # No text that is known made a checkpoint's experts.
     texts = ", ".join(f"{name} {digest[:12]}" for name, digest in born.data.items()) or "a checkpoint"
@@ -88,7 +88,7 @@ def document(run: str, digest: str, console: Console) -> Mapping[str, Any]:
     trained, left_out = (
         {row.split_hash for row in holders if row.split_hash and row.part == part} for part in ("train", "near copy")
     )
-    found = readers(_stages(head, store), store.borrowed, trained, left_out)
+    found = readers(_stages(head, store), store.holders, trained, left_out)
     for holder in holders:
         console.print(f"{holder.document[:SHORT]}: {holder.distribution}, {holder.part}")
     for one in found:

@@ -100,7 +100,7 @@ def test_generation_0_keeps_the_bits_of_the_checkpoint(
     assert not torch.equal(logits(ours, 1), logits(theirs))
     # Text that no stage has learned is evaluated by the checkpoint, before anything trains and afterwards.
     assert report["loss_nats_per_token"][0][1] == report["loss_at_init"][1]
-    assert store.borrowed(chain[-1])["embedding.weight"] == chain[0].key  # stored once
+    assert store.holders(chain[-1])["embedding.weight"] == chain[0].key  # stored once
     assert "Nothing to train" in train("tiny.yaml")[1]
 
 
@@ -225,7 +225,7 @@ def test_halves_are_stored_as_they_came_and_continued(lab: Path) -> None:
         assert {str(file.get_slice(name).get_dtype()) for name in file.keys()} == {"BF16"}  # noqa: SIM118
     store = StageStore(Path("mlruns"))
     chain = store.chain(json.loads(Path("mlruns/runs/tiny/head.json").read_text())["stages"][-1])
-    assert store.borrowed(chain[-1])["embedding.weight"] == chain[0].key
+    assert store.holders(chain[-1])["embedding.weight"] == chain[0].key
     theirs = load_pretrained(read_checkpoint(Path("ck"))).float()
     assert torch.equal(logits(load_model(store, chain[-1])), logits(theirs))
 

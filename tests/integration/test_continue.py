@@ -86,7 +86,7 @@ def test_it_is_planned_stored_and_grown_from() -> None:
     architecture = stage.architecture
     assert (architecture.continued, architecture.frozen) == (0, 2)
     assert Architecture.from_json(plan[3].architecture.to_json()).continued is None
-    assert sorted(store.borrowed(stage))[0] == "blocks.0.attention.key.deltas.1.down"
+    assert sorted(store.holders(stage))[0] == "blocks.0.attention.key.deltas.1.down"
 
 
 def test_the_label_of_continued_text_is_the_old_one() -> None:

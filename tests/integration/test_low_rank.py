@@ -30,7 +30,7 @@ def test_low_rank_experts_are_stored_traced_evaluated_and_dropped(lab: Path) -> 
     assert all(torch.equal(old[name], new[name]) for name in old if ".experts." in name)
     # An expert that is traced, and one of another kind.
     for name, trained in (("code/L1/E2", ["trained", "borrowed"]), ("fruit/L0/E1", ["trained"] + 2 * ["borrowed"])):
-        assert [one.tensors for one in trace_expert([first, second, third], store.borrowed, name).stages] == trained
+        assert [one.tensors for one in trace_expert([first, second, third], store.holders, name).stages] == trained
     assert evaluate_text("tiny", None, "sea.jsonl", None, Console(quiet=True))["nats_per_token"] < 6
     left = derived_stage(store, third, "code")
     architecture = load_model(store, left).architecture

@@ -120,7 +120,7 @@ def test_with_auto_precision_a_stage_goes_on_bit_for_bit_and_old_generations_kee
         store, head = StageStore(Path("mlruns")), json.loads(Path("mlruns/runs/tiny/head.json").read_text())
         stages = [store.get(key) for key in head["stages"]]
         first, second = (load_file(one.path / "model.safetensors") for one in stages)
-        borrowed = store.borrowed(stages[1])
+        borrowed = store.holders(stages[1])
         # Of the first stage nothing was stored again; what the second trained is stored as it was trained.
         assert any(".experts.0." in name for name in borrowed) and not borrowed.keys() & second.keys()
         assert {one.dtype for one in [*first.values(), *second.values()]} == {torch.float32}

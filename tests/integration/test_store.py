@@ -301,14 +301,14 @@ def test_frozen_tensors_keep_their_bits_over_three_stages(lab: Path, trunk: str)
         for i in range(born + 1, 3):
             assert all(bits[i][name] == bits[born][name] for name in later)
             assert not later & own[i]  # stored once, by the stage that bore it
-            holders = {store.borrowed(stages[i])[name] for name in later}
+            holders = {store.holders(stages[i])[name] for name in later}
             assert holders == {stages[born].key}
     trunk_names = set(bits[0]) - experts[0]
     moved = {name for name in trunk_names if bits[2][name] != bits[0][name]}
     assert moved == (trunk_names if trunk == "full" else set())
     for i in range(3):
-        assert own[i] | set(store.borrowed(stages[i])) == set(bits[i])
-        assert not own[i] & set(store.borrowed(stages[i]))
+        assert own[i] | set(store.holders(stages[i])) == set(bits[i])
+        assert not own[i] & set(store.holders(stages[i]))
 
 
 def test_only_safetensors_and_json_are_written(lab: Path) -> None:

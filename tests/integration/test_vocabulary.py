@@ -97,7 +97,7 @@ def test_what_an_old_generation_predicts_never_changes(run: dict[str, Any]) -> N
         assert len(set(column[:j])) <= 1 and len(set(column[j:])) == 1
     assert run["loss_nats_per_token"][1][1] < run["loss_nats_per_token"][0][1] - 0.5
     # Old tensors are stored once.
-    borrowed = store.borrowed(chain[2])
+    borrowed = store.holders(chain[2])
     assert borrowed["embedding.added.1"] == chain[1].key and "embedding.added.2" not in borrowed
     assert borrowed["head.weight"] == chain[0].key
 
@@ -203,9 +203,9 @@ def test_a_later_stage_adds_none_and_another_continues_a_generation(lab: Path) -
     store, chain = committed()
     assert [stage.architecture.num_tokens for stage in chain] == [300, 320, 320, 320]
     # In memory they are not held in 8 bits.
-    assert store.borrowed(chain[2])["embedding.added.1"] == chain[1].key
+    assert store.holders(chain[2])["embedding.added.1"] == chain[1].key
     # The label of the sea moves to the generation of the code, which trains on, its tokens' rows included.
-    assert chain[3].architecture.label("sea") == 1 and "embedding.added.1" not in store.borrowed(chain[3])
+    assert chain[3].architecture.label("sea") == 1 and "embedding.added.1" not in store.holders(chain[3])
     assert all(value is not None for row in report["loss_nats_per_token"] for value in row)
     assert "Nothing to train" in train("tiny.yaml")[1]
 

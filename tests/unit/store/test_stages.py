@@ -78,8 +78,8 @@ def chain_of(store: StageStore, stages: int) -> list[str]:
 def test_who_holds_a_tensor_follows_from_what_the_chain_stores(store: StageStore) -> None:
     keys, again = chain_of(store, 5), StageStore(store.root.parent)
     stage = again.get(keys[4])
-    assert again.borrowed(stage) == {"w1": keys[1], "w2": keys[2], "w3": keys[3]}
-    assert again.borrowed(again.get(keys[2])) == {"w0": keys[0], "w1": keys[1]}
+    assert again.holders(stage) == {"w1": keys[1], "w2": keys[2], "w3": keys[3]}
+    assert again.holders(again.get(keys[2])) == {"w0": keys[0], "w1": keys[1]}
     assert {name: tensor.item() for name, tensor in again.tensors(stage).items()} == {
         "w": 4, "w1": 1, "w2": 2, "w3": 3, "w4": 4,
     }  # fmt: skip
@@ -88,7 +88,7 @@ def test_who_holds_a_tensor_follows_from_what_the_chain_stores(store: StageStore
     old = made_record("aa" * 32, "old", parent=keys[2], borrowed={"w0": keys[0], "w1": keys[1], "w2": keys[2]})
     again.commit(old, METRICS, {"w": torch.ones(1)})
     new = again.commit(made_record("bb" * 32, "new", parent=old.key, removed=()), METRICS, {"w2": torch.ones(1)})
-    assert again.borrowed(new) == {"w0": keys[0], "w1": keys[1], "w": old.key}
+    assert again.holders(new) == {"w0": keys[0], "w1": keys[1], "w": old.key}
 
 
 def test_a_record_is_as_short_after_fifty_stages_and_is_read_once(
@@ -101,7 +101,7 @@ def test_a_record_is_as_short_after_fifty_stages_and_is_read_once(
     monkeypatch.setattr(VerifiedDirectory, "read", lambda self, name: (read.append(name), opened(self, name))[1])
     again = StageStore(store.root.parent)
     for _ in range(2):
-        assert len(again.borrowed(again.get(keys[49]))) == 48 and len(again.tensors(again.get(keys[49]))) == 50
+        assert len(again.holders(again.get(keys[49]))) == 48 and len(again.tensors(again.get(keys[49]))) == 50
     assert read.count("config.json") == 50
 
 
@@ -110,7 +110,7 @@ def test_no_record_names_a_holder_that_is_no_ancestor(store: StageStore) -> None
     other = store.commit(made_record("aa" * 32, "other"), METRICS, {"w9": torch.zeros(1)})
     forged = made_record("bb" * 32, "forged", parent=keys[1], borrowed={"w9": other.key})
     stage = store.commit(forged, METRICS, {"w": torch.ones(1)})
-    for ask in (store.borrowed, store.tensors):
+    for ask in (store.holders, store.tensors):
         with pytest.raises(CorruptError, match=r"forged-b+/config\.json: the holder of w9 is no ancestor"):
             ask(stage)
     # Stages of earlier versions are taken at their word, and may say that they descend from each other.
@@ -118,10 +118,10 @@ def test_no_record_names_a_holder_that_is_no_ancestor(store: StageStore) -> None
         record = made_record(key * 32, key, parent=parent * 32, removed=())
         store.commit(record, METRICS, {key: torch.ones(1)})
     with pytest.raises(CorruptError, match="is its own ancestor"):
-        store.borrowed(store.get("cc" * 32))
+        store.holders(store.get("cc" * 32))
     alone = store.commit(made_record("ee" * 32, "alone", parent="ff" * 32, removed=()), METRICS, {})
     with pytest.raises(CorruptError, match="stage ffffffffffffffff is referred to"):
-        store.borrowed(alone)
+        store.holders(alone)
     for wrong in ({"parent": None}, {"parent": keys[0], "borrowed": {"w": keys[0]}}):
         record = made_record("99" * 32, "wrong", removed=(), **wrong)
         written = record.to_json() | {"borrowed": record.borrowed}

@@ -65,7 +65,7 @@ def test_what_a_drop_leaves_is_committed_and_what_keeps_name_and_bits_is_borrowe
     expected = LanguageModel(architecture).state_dict()
     assert set(after) | {"head.weight"} == set(expected) | {"head.weight"}
     assert all(torch.equal(after[name], before[name]) for name in after if before[name].shape == after[name].shape)
-    borrowed = store.borrowed(dropped)
+    borrowed = store.holders(dropped)
     assert borrowed["embedding.weight"] == HOLDER and set(borrowed.values()) == {HOLDER, KEY}
     # What is gone has no holder, and is all that the record lists.
     assert borrowed.keys() <= after.keys() and set(dropped.removed or ()) == before.keys() - after.keys()
@@ -78,7 +78,7 @@ def test_tensors_that_changed_are_stored_and_those_of_another_model_are_a_bug(so
     name = min(tensors)
     changed = tensors | {name: tensors[name] + 1}
     made = commit_derived(store, stage, {"derived": "merge", "from": stage.key}, "merged", architecture, changed)
-    assert set(store.borrowed(made)) == set(tensors) - {name}
+    assert set(store.holders(made)) == set(tensors) - {name}
     assert torch.equal(store.tensors(made)[name], tensors[name] + 1)
     for wrong in ({k: v for k, v in tensors.items() if k != name}, tensors | {"more": torch.zeros(1)}):
         with pytest.raises(AssertionError):
