@@ -30,7 +30,7 @@ GROUPS = {
         commands.generate,
         commands.ui,
     ),
-    "Serve": (commands.rollback, commands.drop, commands.consolidate, commands.export),
+    "Serve": (commands.promote, commands.rollback, commands.drop, commands.consolidate, commands.export),
     "Keep": (commands.gc, commands.sync),
 }
 """All commands by what they are for, in the order in which the help lists them."""

@@ -233,6 +233,32 @@ def rollback(
 
 
 @opens_store
+def promote(
+    run: RunName,
+    version: Annotated[
+        int | None, typer.Option("--version", help="The version meant; by default the one that awaits approval.")
+    ] = None,
+    reject: Annotated[bool, typer.Option("--reject", help="Refuse it: the champion serves on.")] = False,
+    config: Annotated[
+        str | None, typer.Option("--config", metavar="FILE", help="The retraining file, whose hooks are told.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Let a candidate serve that has passed the gate, where retraining has `promote: manual`."""
+    told = None
+    if config is not None:
+        from lifelong_moe.plan.retraining import load_retraining
+
+        retraining = load_retraining(config)
+        if retraining.run != run:
+            raise ConfigError(f"--config={config} retrains run {retraining.run}, not {run}.")
+        told = retraining.settings.hooks
+    from pipelines.retrain.promote import promote as let_serve
+
+    finish(let_serve(run, version, console(as_json), reject=reject, told=told), as_json)
+
+
+@opens_store
 def drop(
     run: RunName,
     stage: Annotated[

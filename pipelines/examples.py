@@ -25,6 +25,7 @@ EXAMPLES = {
     "inspect": ("inspect quickstart", 'inspect quickstart --text "def main():" --html main.html'),
     "generate": ('generate quickstart "def main(" --temperature 0',),
     "ui": ("ui", "ui --port 5001 --no-browser"),
+    "promote": ("promote quickstart", "promote quickstart --version 1 --reject"),
     "rollback": ("rollback quickstart", "rollback quickstart --to 0"),
     "drop": ("drop quickstart python_code gate.tolerance=0.02",),
     "consolidate": ("consolidate quickstart python_code --experts 2",),

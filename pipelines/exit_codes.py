@@ -40,6 +40,7 @@ BESIDES = {
     "inspect": (7, 75),
     "generate": (7,),
     "ui": (7, 75),
+    "promote": (7, 75),
     "rollback": (7, 75),
     "drop": (3, 7, 75),
     "consolidate": (3, 7, 75),

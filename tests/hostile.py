@@ -39,6 +39,7 @@ COMMANDS: dict[str, list[str]] = {
     "report": ["report", "tiny"],
     "lineage": ["lineage", "tiny"],
     "lineage of an expert": ["lineage", "tiny", "--expert", "fruit/L0/E0"],
+    "promote": ["promote", "tiny"],
     "rollback": ["rollback", "tiny"],
     "drop": ["drop", "tiny", "sea", "--no-gate"],
     "consolidate": ["consolidate", "tiny", "fruit"],

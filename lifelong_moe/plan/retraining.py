@@ -21,7 +21,7 @@ from lifelong_moe.config.load import build_config, overridden
 from lifelong_moe.config.names import require_known
 from lifelong_moe.config.references import as_text, note_secrets
 from lifelong_moe.config.retraining.operation import HooksConfig, InboxConfig, LimitsConfig, ProbeConfig, TriggerConfig
-from lifelong_moe.config.retraining.policy import HELDOUT_SOURCES, DecisionConfig, DriftConfig, GateConfig
+from lifelong_moe.config.retraining.policy import HELDOUT_SOURCES, DecisionConfig, DriftConfig, GateConfig, PromoteRule
 from lifelong_moe.config.run import Method, RunConfig
 from lifelong_moe.config.sections import errors_under, keys_below, require_finite, require_key, section, sections_of
 from lifelong_moe.config.yaml_file import apply_override, first_key, read_yaml, require_kind, require_short
@@ -54,6 +54,9 @@ class RetrainConfig:
     """How the trials are weighed."""
     gate: GateConfig = field(default_factory=GateConfig)
     """Requirements on a candidate before it is served."""
+    promote: PromoteRule = PromoteRule.automatic
+    """What makes a candidate that has passed the gate the champion: ``automatic``, the tick; or ``manual``, a person,
+    by ``lifelong-moe promote RUN``, until which ticks wait."""
     limits: LimitsConfig = field(default_factory=LimitsConfig)
     """Limits on the cost of a tick."""
     hooks: HooksConfig = field(default_factory=HooksConfig)
@@ -221,12 +224,20 @@ def _settings(raw: DictConfig) -> RetrainConfig:
             values[name] = OmegaConf.to_container(node, resolve=True)
         else:
             raise ConfigError(f"{name} must be a mapping, such as {name}: {{tokens: 200_000}}; got {node!r}.")
-    settings = RetrainConfig(base=raw.base, **values)
+    settings = RetrainConfig(base=raw.base, promote=_promote_rule(raw.get("promote")), **values)
     require_finite(settings, "")
     require_finite(OmegaConf.to_container(raw, resolve=False), "")
     if settings.trigger.max_days is not None and settings.trigger.max_days > MAX_DAYS:
         raise ConfigError(f"trigger.max_days={settings.trigger.max_days} must be at most {MAX_DAYS}.")
     return settings
+
+
+def _promote_rule(value: Any) -> PromoteRule:
+    if value is None:
+        return PromoteRule.automatic
+    if value not in [*PromoteRule]:
+        raise ConfigError(f"promote={value} must be {' or '.join(PromoteRule)}.")
+    return PromoteRule(value)
 
 
 def _refuse_secret_arguments(hooks: HooksConfig) -> None:

@@ -73,7 +73,8 @@ class RunHead:
     """Key of the centroids fitted on the first stage's text."""
     mlflow: MlflowState = field(default_factory=MlflowState)
     versions: tuple[Version, ...] = ()
-    """All models that have served, oldest first; empty before the first ``retrain``, ``drop`` or ``consolidate``."""
+    """All models that have served, and those that a person had to approve first, oldest first; empty before the first
+    ``retrain``, ``drop`` or ``consolidate``."""
     champion_id: int | None = None
     """Id of the version that serves."""
     batches: Mapping[Sha256, SettledBatch] = field(default_factory=dict)
@@ -86,6 +87,8 @@ class RunHead:
     """The last tick's ``inbox.keep_text``."""
     best: Mapping[Name, BestLoss] = field(default_factory=dict)
     """The lowest loss of any stage so far, by distribution."""
+    candidate_best: Mapping[Name, BestLoss] = field(default_factory=dict)
+    """What ``best`` becomes once the version that awaits approval serves."""
     last_tick: LastTick | None = None
 
     def to_json(self) -> dict[str, Any]:
@@ -172,7 +175,60 @@ class RunHead:
     def versions_until(self, at: str) -> list[Version]:
         """Versions that began to serve no later than ``at`` (ISO 8601, UTC), oldest first."""
         # Timestamps come from several machines; the caller's limit leaves out dates of a clock that ran ahead.
-        return [version for version in self.versions if version.at <= at]
+        return [version for version in self.versions if version.at <= at and version.approval is None]
+
+    @property
+    def candidate(self) -> Version | None:
+        """The version that awaits approval, if there is one; perhaps made for another champion than today's."""
+        return next((version for version in self.versions if version.approval == "awaited"), None)
+
+    def with_candidate(
+        self, stages: Sequence[VersionStage], reason: str, at: str, best: Mapping[str, BestLoss]
+    ) -> RunHead:
+        """This head with a new version that serves once it is approved; arguments as for :meth:`promoted`.
+
+        Args:
+            best: The lowest losses with that version taken into account.
+        """
+        champion = self.champion
+        added = self.refused()._with_version("promoted", stages, reason, at)
+        # As the champion it would be; as a candidate it only has its number.
+        waits = replace(added.champion, approval="awaited")
+        return replace(added, versions=(*added.versions[:-1], waits), candidate_best=best)._serving(champion)
+
+    def approved(self, at: str) -> RunHead:
+        """This head with the version that awaits approval as champion, from the time ``at`` on.
+
+        Raises:
+            ConfigError: If none does, or if it was made for another champion.
+        """
+        waits = self.require_candidate()
+        served = replace(waits, approval=None, at=at)
+        versions = tuple(served if version.id == waits.id else version for version in self.versions)
+        return replace(self, versions=versions, best=self.candidate_best, candidate_best={})._serving(served)
+
+    def refused(self) -> RunHead:
+        """This head with approval refused to the version that awaits it; unchanged if none does."""
+        if (waits := self.candidate) is None:
+            return self
+        refused = replace(waits, approval="refused")
+        versions = tuple(refused if version.id == waits.id else version for version in self.versions)
+        return replace(self, versions=versions, candidate_best={})
+
+    def require_candidate(self) -> Version:
+        """The version that awaits approval.
+
+        Raises:
+            ConfigError: If none does, or if it was made for another champion.
+        """
+        if (waits := self.candidate) is None:
+            raise ConfigError(f"no version of run {self.run} awaits approval.")
+        if waits.before != self.champion_id:
+            raise ConfigError(
+                f"version {waits.id} of run {self.run} was measured against version {waits.before}, and version "
+                f"{self.champion_id} serves now. The next tick of retrain makes another of its text."
+            )
+        return waits
 
     def with_committed(self, key: str) -> RunHead:
         """This head with one more committed stage."""
@@ -233,6 +289,9 @@ class RunHead:
             to = now.before
         if not 0 <= to < len(self.versions):
             raise ConfigError(f"run {self.run} has no version {to}; there are 0 to {len(self.versions) - 1}.")
+        if (approval := self.versions[to].approval) is not None:
+            hint = f" lifelong-moe promote {self.run} approves it." if approval == "awaited" else ""
+            raise ConfigError(f"version {to} of run {self.run} has never served: its approval is {approval}.{hint}")
         return self._serving(self.versions[to])
 
     def _with_version(self, kind: Kind, stages: Sequence[VersionStage], reason: str, at: str) -> RunHead:
@@ -271,6 +330,8 @@ def _check(head: RunHead) -> None:
             raise PlainError(f"versions[{place}]: not a version with stages that follows earlier ones")
     if head.champion_id is not None and not 0 <= head.champion_id < len(head.versions):
         raise PlainError(f"champion: {head.champion_id}, but there are {len(head.versions)} versions")
+    if head.champion_id is not None and head.champion.approval is not None:
+        raise PlainError(f"champion: version {head.champion_id} was never approved")
 
 
 def _config(config: Any) -> Any:

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 Kind = Literal["base", "promoted", "dropped", "consolidated"]
 Action = Literal["base", "grow", "continue", "drop", "consolidate"]
+Approval = Literal["awaited", "refused"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,6 +60,8 @@ class Version:
     """Id of the version that served until then; None for the first."""
     stages: tuple[VersionStage, ...]
     """The whole chain, oldest first; the last stage is the model."""
+    approval: Approval | None = None
+    """Of a version that has never served: whether a person has yet to approve it, or has refused to. None of others."""
 
     def own_text(self, name: str) -> tuple[str, ...]:
         """The distributions by which one of its stages is judged: see :func:`lifelong_moe.plan.spec.own_text`."""
@@ -87,4 +90,5 @@ def base_stages(chain: Sequence[CommittedStage]) -> tuple[VersionStage, ...]:
 def describe(version: Version) -> str:
     """One line of text."""
     chain = " → ".join(stage.name for stage in version.stages)
-    return f"version {version.id} ({version.kind}, {version.at}): {chain}, stage {version.key[:SHORT]}"
+    kind = version.kind if version.approval is None else f"approval {version.approval}"
+    return f"version {version.id} ({kind}, {version.at}): {chain}, stage {version.key[:SHORT]}"

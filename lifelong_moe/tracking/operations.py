@@ -131,6 +131,7 @@ _FIELDS: dict[str, dict[str, Check]] = {
         "tags": _are_tags_of_version,
         "description": _is_text,
     },
+    "unalias": {"name": _is_model, "alias": lambda value: value in ALIASES, "tags": _are_tags_of_version},
     "finish": {"status": lambda value: value in ("FINISHED", "FAILED", "KILLED")},
     "replaced": {"by": _is_run},
 }

@@ -86,6 +86,28 @@ def register_version(client: MlflowClient, artifacts: ArtifactRepository, versio
     return number
 
 
+def remove_alias(client: MlflowClient, name: str, alias: str, key: str) -> None:
+    """Remove a model's alias if it is on the version of a stage; one that has moved on stays.
+
+    Args:
+        client: MLflow client.
+        name: Registered model.
+        alias: Such as ``candidate``.
+        key: Of the stage.
+    """
+    from mlflow.exceptions import MlflowException
+
+    name = registered_name(name)
+    try:
+        number = client.get_registered_model(name).aliases.get(alias)
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+            raise
+        return
+    if number is not None and client.get_model_version(name, number).tags.get(STAGE_KEY_TAG) == key:
+        client.delete_registered_model_alias(name, alias)
+
+
 def _find(client: MlflowClient, name: str, version: Version) -> ModelVersion | None:
     key = version.tags[STAGE_KEY_TAG]
     found = client.search_model_versions(f"name = '{name}' and tags.{STAGE_KEY_TAG} = '{key}'")

@@ -19,7 +19,14 @@ from lifelong_moe.tracking.database import ensure_database
 from lifelong_moe.tracking.failures import reason_of
 from lifelong_moe.tracking.locations import keep_artifacts_within, require_within
 from lifelong_moe.tracking.operations import LOCAL_PREFIX, MODEL_PREFIX, require_ours
-from lifelong_moe.tracking.registry import STAGE_KEY_TAG, Version, register_version, registered_name, write_artifact
+from lifelong_moe.tracking.registry import (
+    STAGE_KEY_TAG,
+    Version,
+    register_version,
+    registered_name,
+    remove_alias,
+    write_artifact,
+)
 from lifelong_moe.tracking.spool import Operation, RefusedError
 
 if TYPE_CHECKING:
@@ -221,6 +228,7 @@ class Store:
             "dataset": self._dataset,
             "tag": self._tag,
             "version": self._version,
+            "unalias": self._unalias,
             "finish": self._finish,
             "replaced": self._replaced,
         }
@@ -321,6 +329,9 @@ class Store:
             return register_version(self.client, artifacts, version, remote=self._remote)
         except CorruptError as error:
             raise RefusedError(str(error)) from error
+
+    def _unalias(self, asked: Operation) -> None:
+        remove_alias(self.client, asked["name"], asked["alias"], asked["tags"][STAGE_KEY_TAG])
 
     def _finish(self, asked: Operation) -> None:
         run_id = self.resolve(asked["run"])

@@ -174,6 +174,18 @@ class Tracker(Recorder):
         }
         return self._record(operation("version", run_id, name=name, alias=alias, **given))
 
+    def remove_alias(self, name: str, *, run_id: str | None, stage_key: str, alias: str) -> None:
+        """Remove a model's alias if the version of a stage has it.
+
+        Args:
+            name: Registered model.
+            run_id: Run that trained the stage.
+            stage_key: Of the stage.
+            alias: Such as ``candidate``.
+        """
+        if run_id is not None:
+            self._record(operation("unalias", run_id, name=name, alias=alias, tags={STAGE_KEY_TAG: stage_key}))
+
     def finish(self, run_id: str | None, error: BaseException | None = None) -> None:
         """End a run; one that is finished keeps its end.
 

@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
 from lifelong_moe.config.load import written_config
-from lifelong_moe.config.retraining.policy import HELDOUT_SOURCES
+from lifelong_moe.config.retraining.policy import HELDOUT_SOURCES, PromoteRule
 from lifelong_moe.data.tokens.texts import Texts
 from lifelong_moe.errors import ConfigError
 from lifelong_moe.retraining.checks import Verdict
 from lifelong_moe.retraining.decision import Action
-from lifelong_moe.store.head import RunHead
 from lifelong_moe.store.runs import timestamp
 from lifelong_moe.store.stages import CommittedStage
+from lifelong_moe.store.ticks import BestLoss
 from lifelong_moe.store.versions import Action as StageAction
 from lifelong_moe.store.versions import VersionStage
 from lifelong_moe.tracking.tracker import Tracker
 from lifelong_moe.training.callbacks.interrupt import Interrupt
-from pipelines.retrain.outcome import TickOutcome
+from pipelines.retrain.outcome import AWAITING, TickOutcome, awaiting
 from pipelines.retrain.plan import TickPlan, make_plan
 from pipelines.retrain.plan_check import check_plan
 from pipelines.retrain.plan_file import PlanFacts
@@ -95,12 +96,12 @@ def _carry_out(
     tick: Tick, trainer: CandidateTrainer, new: NewDocuments, plan: TickPlan, mlflow: TickRecord, dry_run: bool
 ) -> TickOutcome:
     """From the plan to the outcome: train and gate if the plan says so, then settle the batch."""
-    ended, stage, verdict = _without_training(plan, dry_run), None, None
+    ended, stage, verdict, best = _without_training(plan, dry_run), None, None, tick.head.best
     if ended is None:
         assert plan.candidate is not None
-        stage, verdict = _train_and_judge(tick, trainer, plan.candidate, plan.facts, mlflow)
-        ended = _after_gate(verdict)
-    if ended.outcome in ("skipped", "promoted", "rejected"):
+        stage, verdict, best = _train_and_judge(tick, trainer, plan.candidate, plan.facts, mlflow)
+        ended = _after_gate(verdict, tick)
+    if ended.outcome in ("skipped", "promoted", "rejected", AWAITING):
         tick.settle(new, ended.outcome, ended.reason)
     elif ended.outcome == "waiting":
         tick.head = replace(tick.head, waiting=new.hash)
@@ -108,11 +109,16 @@ def _carry_out(
             # Rewritten, so that the next tick finds a plan that waits and does not train the stage again.
             plan = replace(plan, facts=plan.facts.postponed(f"{ended.reason}."))
             plan.write(tick.record)
-    if ended.outcome == "promoted":
-        assert stage is not None and plan.candidate is not None
+    if ended.outcome in ("promoted", AWAITING):
+        assert stage is not None and verdict is not None and plan.candidate is not None
         kept = plan.candidate.config.evaluate.keep_heldout
         tick.head = with_texts(tick.head, written_config(tick.retraining.base), plan.candidate.data, kept)
-        tick.head = _promoted(tick, stage, new, plan.action, ended.reason)
+        chain, reason = _chain(tick, stage, new, plan.action), _why(verdict)
+        if ended.outcome == "promoted":
+            tick.store.sign(stage.key, tick.head.centroids)
+            tick.head = replace(tick.head.promoted("promoted", chain, reason, timestamp()), best=best)
+        else:
+            tick.head = tick.head.with_candidate(chain, reason, timestamp(), best)
     ended = replace(
         ended,
         batch=new.hash,
@@ -121,6 +127,7 @@ def _carry_out(
         plan=str(plan.path(tick.record)),
         near_copies=plan.facts.near_copies,
         candidate=None if stage is None else stage.key,
+        version=tick.head.versions[-1].id if ended.outcome == AWAITING else None,
     )
     # The head is saved here, in one write: a kill before it repeats the gate, and finds all measurements.
     ended = tick.end(ended)
@@ -141,32 +148,40 @@ def _without_training(plan: TickPlan, dry_run: bool) -> TickOutcome | None:
 
 def _train_and_judge(
     tick: Tick, trainer: CandidateTrainer, candidate: Candidate, facts: PlanFacts, mlflow: TickRecord
-) -> tuple[CommittedStage, Verdict]:
-    """Train the candidate and take it through the gate."""
+) -> tuple[CommittedStage, Verdict, Mapping[str, BestLoss]]:
+    """Train the candidate and take it through the gate.
+
+    Returns:
+        The stage, what the gate says, and the lowest losses once it serves.
+    """
     stage = trainer.train(candidate, mlflow.curves, mlflow.run_id)
     tick.trained(stage)
     mlflow.candidate(stage, facts)
-    best = best_losses(trainer, candidate, tick.head.best)
-    verdict = gate(trainer, candidate, stage, best)
+    before = best_losses(trainer, candidate, tick.head.best)
+    verdict = gate(trainer, candidate, stage, before)
     print_verdict(tick.console, verdict)
     mlflow.judged(verdict)
     # Only a version that serves raises the bar for later ones; what a rejected candidate reached does not count.
+    measurements, after = candidate.measurements, before
     if verdict.passed:
-        measurements = candidate.measurements
-        best = updated_best(measurements, stage, best, measurements.measurable())
-    tick.head = replace(tick.head, best=best)
-    return stage, verdict
+        after = updated_best(measurements, stage, before, measurements.measurable())
+    tick.head = replace(tick.head, best=before)
+    return stage, verdict, after
 
 
-def _after_gate(verdict: Verdict) -> TickOutcome:
-    outcome = "promoted" if verdict.passed else "waiting" if verdict.is_open else "rejected"
-    reason = verdict.checks[0].sentence if verdict.passed else verdict.reasons[0]
-    return TickOutcome(outcome, reason.rstrip("."))
+def _why(verdict: Verdict) -> str:
+    """What decided, in words."""
+    return (verdict.checks[0].sentence if verdict.passed else verdict.reasons[0]).rstrip(".")
 
 
-def _promoted(tick: Tick, stage: CommittedStage, new: NewDocuments, decided: Action, reason: str) -> RunHead:
-    """The head with the candidate as champion, signed if there is a key."""
-    tick.store.sign(stage.key, tick.head.centroids)
+def _after_gate(verdict: Verdict, tick: Tick) -> TickOutcome:
+    if verdict.passed and tick.retraining.settings.promote == PromoteRule.manual:
+        return TickOutcome(AWAITING, awaiting(tick.record.run, len(tick.head.versions)))
+    return TickOutcome("promoted" if verdict.passed else "waiting" if verdict.is_open else "rejected", _why(verdict))
+
+
+def _chain(tick: Tick, stage: CommittedStage, new: NewDocuments, decided: Action) -> tuple[VersionStage, ...]:
+    """The stages of the candidate's version."""
     action: StageAction = "grow" if decided == Action.grow else "continue"
     added = VersionStage(
         name=stage.name,
@@ -179,5 +194,4 @@ def _promoted(tick: Tick, stage: CommittedStage, new: NewDocuments, decided: Act
         heldout_fraction=tick.retraining.settings.inbox.heldout_fraction,
         heldout_sources=HELDOUT_SOURCES,
     )
-    chain = (*tick.head.champion.stages, added)
-    return tick.head.promoted("promoted", chain, reason, timestamp())
+    return (*tick.head.champion.stages, added)

@@ -7,6 +7,14 @@ from collections.abc import Mapping
 from dataclasses import KW_ONLY, dataclass
 from typing import Any
 
+AWAITING = "awaiting approval"
+"""Outcome of a tick whose candidate has passed the gate, and of those after it, where a person promotes."""
+
+
+def awaiting(run: str, version: int) -> str:
+    """Why a tick ends with :data:`AWAITING`."""
+    return f"version {version} has passed the gate; lifelong-moe promote {run} lets it serve, --reject does not"
+
 
 @dataclass(frozen=True)
 class ServingVersion:
@@ -24,7 +32,8 @@ class TickOutcome:
     """How a tick ended; a field is None where it does not apply."""
 
     outcome: str
-    """``idle``, ``planned``, ``waiting``, ``skipped``, ``over budget``, ``rejected``, ``promoted`` or ``failed``."""
+    """``idle``, ``planned``, ``waiting``, ``skipped``, ``over budget``, ``rejected``, ``promoted``, ``failed``, or
+    ``awaiting approval``, where a person decides what serves."""
     reason: str
     """Why, for the operator."""
     _: KW_ONLY
@@ -45,6 +54,8 @@ class TickOutcome:
     """Lines of the inbox that were left out because they hold no document."""
     candidate: str | None = None
     """Key of the stage that was trained."""
+    version: int | None = None
+    """Number of the version that awaits approval, or that a person has decided about."""
     run: str | None = None
     at: str | None = None
     """When it ended, ISO 8601, UTC."""

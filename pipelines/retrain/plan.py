@@ -274,5 +274,7 @@ def plan_path(record: RunRecord, batch: str) -> Path:
 
 
 def settings_hash(retraining: Retraining) -> str:
-    """Hash of the retraining file and its base, overrides included."""
-    return content_key([dataclasses.asdict(retraining.settings), retraining.raw()])
+    """Hash of the retraining file and its base, overrides included; without what only matters after the gate."""
+    settings = dataclasses.asdict(retraining.settings)
+    del settings["promote"]
+    return content_key([settings, retraining.raw()])

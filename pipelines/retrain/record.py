@@ -16,7 +16,7 @@ from lifelong_moe.tracking.operations import local_id
 from lifelong_moe.tracking.registry import PENDING
 from lifelong_moe.tracking.tracker import Tracker
 from lifelong_moe.training.callbacks.points import Row
-from pipelines.retrain.outcome import TickOutcome
+from pipelines.retrain.outcome import AWAITING, TickOutcome
 from pipelines.retrain.plan_file import PlanFacts
 from pipelines.retrain.render import tick_note
 from pipelines.run.rows import usage_rows
@@ -122,8 +122,13 @@ class TickRecord:
         self.tracker.start_run("", run_id=self.run_id, tags={"lifelong.outcome": ended.outcome})
         self.tracker.set_note(self.run_id, tick_note(ended, facts, verdict))
         if self._registered is not None:  # else the registry would show a rejected version as one at the gate
-            said = f"{ended.outcome}: {plain(ended.reason)}."
+            # What a person decides replaces it, as it replaces nothing else.
+            outcome = f"{PENDING}, passed" if ended.outcome == AWAITING else ended.outcome
+            said = f"{outcome}: {plain(ended.reason)}."
             self.tracker.register_version(self.model, run_id=self.run_id, tags=self._registered, description=said)
+            if ended.outcome not in ("promoted", AWAITING):
+                key = self._registered["stage_key"]
+                self.tracker.remove_alias(self.model, run_id=self.run_id, stage_key=key, alias="candidate")
         self.tracker.log_text(self.run_id, json.dumps(ended.to_json(), indent=1, ensure_ascii=False), "outcome.json")
         self.tracker.finish(self.run_id)
         # Last: the alias of the champion moves only once its run says why.

@@ -20,7 +20,7 @@ from lifelong_moe.store.stages import StageStore
 from lifelong_moe.training.callbacks.interrupt import Interrupt, handling_signals
 from lifelong_moe.training.callbacks.own import allow_own
 from pipelines.retrain.arrivals import Counts, counts_before, near_copies_of, remember_counts, too_little
-from pipelines.retrain.outcome import TickOutcome
+from pipelines.retrain.outcome import AWAITING, TickOutcome, awaiting
 from pipelines.retrain.plan_file import read_plan, refuse_idle_plan
 from pipelines.retrain.tick import Tick
 from pipelines.shared.novelty import NewDocuments, look_at, new_documents, read_texts
@@ -82,6 +82,15 @@ def retrain(
 
 def _tick(tick: Tick, interrupt: Interrupt, dry_run: bool, plan_path: str | None) -> TickOutcome:
     """From the inbox to the outcome."""
+    if not dry_run:
+        tick.withdraw()
+    if (waits := tick.head.candidate) is not None and waits.before == tick.head.champion_id:
+        # Text gathers meanwhile: what would train on from a version that nobody wants would be lost with it.
+        waiting_for = awaiting(tick.record.run, waits.id)
+        refuse_idle_plan(plan_path, waiting_for)
+        tick.tell_champion()
+        batch = waits.stages[-1].batch
+        return tick.end(TickOutcome(AWAITING, waiting_for, batch=batch, candidate=waits.key, version=waits.id))
     files = look_at(tick.retraining.settings.inbox)
     if (counts := counts_before(tick, files)) is not None and (reason := too_little(tick, counts)) is not None:
         return _idle(tick, reason, counts, plan_path)

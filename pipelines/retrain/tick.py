@@ -26,7 +26,7 @@ from lifelong_moe.store.stages import CommittedStage, StageStore
 from lifelong_moe.store.ticks import LastTick, SettledBatch
 from lifelong_moe.tracking.tracker import Tracker
 from pipelines.retrain import hooks
-from pipelines.retrain.outcome import ServingVersion, TickOutcome
+from pipelines.retrain.outcome import AWAITING, ServingVersion, TickOutcome
 from pipelines.retrain.render import print_outcome
 from pipelines.shared.kept_text import remembered_by
 from pipelines.shared.novelty import NewDocuments, arrived
@@ -55,7 +55,7 @@ class Tick(OpenRun):
         ended = replace(ended, champion=serving, bad_lines=self.bad_lines)
         last = LastTick(at=timestamp(), outcome=ended.outcome, reason=ended.reason, batch=ended.batch)
         # A batch that waits for a higher limit, or for more of its kind, is reported once, not every night.
-        repeated = ended.outcome in ("over budget", "waiting") and last.repeats(self.head.last_tick)
+        repeated = ended.outcome in ("over budget", "waiting", AWAITING) and last.repeats(self.head.last_tick)
         # Ledger before head: a tick killed in between is repeated and logged twice, but no version lacks its line.
         if not repeated:
             self.record.log("tick", **ended.to_json())
@@ -81,7 +81,7 @@ class Tick(OpenRun):
         """Send MLflow what it missed, and which version serves."""
         # After an idle tick all is told but what the spool holds, and opening MLflow takes longer than such a tick.
         last, tracking = self.head.last_tick, self.config.tracking
-        if last is not None and last.outcome in ("idle", "waiting") and not Tracker.owes(tracking, ROOT):
+        if last is not None and last.outcome in ("idle", "waiting", AWAITING) and not Tracker.owes(tracking, ROOT):
             return
         # A server that was away during an earlier tick learns of its outcome even if nothing new arrives.
         tracker = Tracker.connect(tracking, ROOT)
@@ -154,7 +154,7 @@ class Tick(OpenRun):
         """
         batches = self.head.batches
         served = {stage.batch for stage in self.head.champion.stages}
-        closed = {key: batch for key, batch in batches.items() if key not in served}
+        closed = {key: one for key, one in batches.items() if key not in served and one.outcome != AWAITING}
         found = [key for key, batch in closed.items() if prefix in (batch.name, key[: len(prefix)])]
         if len(found) != 1:
             known = ", ".join(f"{b.name} ({b.outcome})" for b in closed.values()) or "none"
@@ -178,6 +178,18 @@ class Tick(OpenRun):
                 f"--reopen {prefix}: the text of {known.name} was removed (inbox.keep_text), and {len(missing):,} "
                 f"of its {len(documents):,} documents are not in the inbox. Put its files there again."
             )
+
+    def withdraw(self) -> None:
+        """Refuse approval to a version that was made for another champion; its text is new again."""
+        if (waits := self.head.candidate) is None or waits.before == self.head.champion_id:
+            return
+        batch = waits.stages[-1].batch
+        self.console.print(
+            f"Version {waits.id} was measured against version {waits.before}, and version {self.head.champion_id} "
+            f"serves: its text is looked at again."
+        )
+        kept = {key: one for key, one in self.head.batches.items() if key != batch}
+        self.save(replace(self.head.refused(), batches=kept))
 
     def settle(self, new: NewDocuments, outcome: str, reason: str) -> None:
         """Record the decision about a batch, so that later ticks pass over its documents."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -12,18 +13,21 @@ import pytest
 from rich.console import Console
 
 from lifelong_moe.config.tracking import TrackingConfig
-from lifelong_moe.errors import DivergedError
+from lifelong_moe.errors import ConfigError, DivergedError
+from lifelong_moe.retraining.checks import Check, Verdict
 from lifelong_moe.store.head import RunHead
 from lifelong_moe.store.runs import RunRecord, require_head
 from lifelong_moe.store.stages import StageStore
+from lifelong_moe.tracking.registry import remove_alias
 from lifelong_moe.tracking.tracker import Tracker
 from pipelines.cli import app, exit_code
+from pipelines.retrain.promote import promote
 from pipelines.shared.recorded import tracker_of, tracking_of
 from pipelines.versions.consolidate import consolidate
 from pipelines.versions.drop import drop
 from pipelines.versions.rollback import rollback
 from tests.known_stages import use_known_stages
-from tests.retrain_lab import arrive, base_config, head, make_base, tick, write_retraining
+from tests.retrain_lab import arrive, base_config, head, ledger, make_base, tick, write_retraining
 from tests.tiny import STEPS, train, write_config
 
 pytestmark = [
@@ -244,3 +248,136 @@ def test_a_tick_shows_how_it_ended_and_with_what(
     # Not where the base is, from which this store was copied.
     artifacts = Path("mlruns/artifacts") / promoted.info.run_id / "artifacts"
     assert f"- data: {promoted.info.run_name.partition(' · ')[2]}" in (artifacts / "config.yaml").read_text()
+
+
+def candidate() -> str | None:
+    """Key of the stage that the alias of the candidate is on."""
+    aliases = client().get_registered_model("lifelong-moe.tiny").aliases
+    if "candidate" not in aliases:
+        return None
+    return str(client().get_model_version("lifelong-moe.tiny", aliases["candidate"]).tags["stage_key"])
+
+
+def described(key: str) -> str:
+    """The first line of a version's page."""
+    (found,) = client().search_model_versions(f"name = 'lifelong-moe.tiny' and tags.stage_key = '{key}'")
+    return str(found.description).splitlines()[0]
+
+
+def outcome_in_mlflow() -> str:
+    (of_tick,) = (run for run in runs().values() if run.data.tags["lifelong.kind"] == "tick")
+    return str(of_tick.data.tags["lifelong.outcome"])
+
+
+def test_a_rejected_version_is_no_candidate_any_more(finished: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    check = Check(name="new/gain", value=0.1, limit=9.0, passed=False, sentence="Not enough.")
+    monkeypatch.setattr("pipelines.retrain.batch.gate", lambda *_: Verdict([check]))
+    result = tick()
+    assert result["outcome"] == "rejected" and candidate() is None
+    assert described(result["candidate"]) == "rejected: Not enough."
+    # One that has moved on stays.
+    client().set_registered_model_alias("lifelong-moe.tiny", "candidate", "1")
+    key = client().get_model_version("lifelong-moe.tiny", "1").tags["stage_key"]
+    remove_alias(client(), "lifelong-moe.tiny", "candidate", result["candidate"])
+    assert candidate() == key
+    remove_alias(client(), "lifelong-moe.tiny", "candidate", key)
+    remove_alias(client(), "lifelong-moe.tiny", "candidate", key)
+    remove_alias(client(), "lifelong-moe.none", "candidate", key)
+    assert candidate() is None
+
+
+def test_a_candidate_waits_until_a_person_promotes_it(finished: None, tmp_path: Path) -> None:
+    told = tmp_path / "told.jsonl"
+    write_retraining(promote="manual", hooks={"command": ["tee", "-a", str(told)]})
+    before = head()["plan"][-1]
+    result = tick()
+    key = result["candidate"]
+    assert (result["outcome"], result["version"], result["champion"]["version"]) == ("awaiting approval", 1, 0)
+    assert result["reason"].startswith("version 1 has passed the gate; lifelong-moe promote tiny lets it serve")
+    assert (serving(), shown().tags["stage_key"], candidate()) == (before, before, key)
+    assert described(key).startswith("at the gate, passed: ") and outcome_in_mlflow() == "awaiting approval"
+    assert head()["batches"][result["batch"]]["outcome"] == "awaiting approval"
+    # Only what serves raises the bar.
+    assert head()["best"][result["data"]]["key"] != key == head()["candidate_best"][result["data"]]["key"]
+    # More text gathers; nothing is read, trained or told twice.
+    arrive("noise", "more.jsonl")
+    lines, hooks = len(ledger()), told.read_text()
+    again = tick()
+    assert (again["outcome"], again["version"]) == ("awaiting approval", 1)
+    assert (len(ledger()), told.read_text(), candidate()) == (lines, hooks, key)
+    with pytest.raises(ConfigError, match=r"--reopen .*: names 0 batches"):
+        tick(reopen=result["data"])
+    with pytest.raises(ConfigError, match="version 1 of run tiny has never served: its approval is awaited"):
+        rollback("tiny", 1, SILENT)
+    for version, words in ((0, "is champion already"), (7, "has no version 7; there are 0 to 1")):
+        if version:
+            with pytest.raises(ConfigError, match=words):
+                promote("tiny", version, SILENT)
+        else:
+            assert words in said(lambda console: promote("tiny", 0, console))
+    assert exit_code(lambda: app(["promote", "tiny", "--version", "1", "--config", "retrain.yaml", "--json"])) == 0
+    assert serving() == shown().tags["stage_key"] == key and head()["champion"] == 1
+    assert head()["best"][result["data"]]["key"] == key and "candidate_best" not in head()
+    assert head()["batches"][result["batch"]]["outcome"] == "promoted"
+    assert described(key).startswith("promoted by a person: ") and outcome_in_mlflow() == "promoted"
+    last = json.loads(told.read_text().replace("}{", "}\n{").splitlines()[-1])
+    assert (last["outcome"], last["version"], last["champion"]["key"]) == ("promoted", 1, key)
+    assert [line["event"] for line in ledger()][-1] == "promote"
+    assert promote("tiny", None, SILENT)["outcome"] == "champion already"
+    assert [line["event"] for line in ledger()].count("promote") == 1
+    rollback("tiny", 0, SILENT)
+    with pytest.raises(ConfigError, match=r"awaits no approval: it has served. lifelong-moe rollback tiny --to 1"):
+        promote("tiny", 1, SILENT)
+
+
+def test_a_person_may_reject(finished: None) -> None:
+    write_retraining(promote="manual")
+    result = tick()
+    assert promote("tiny", None, SILENT, reject=True)["outcome"] == "rejected"
+    assert head()["champion"] == 0 and candidate() is None and shown().tags["stage_key"] == serving()
+    assert described(result["candidate"]).startswith("rejected by a person: ") and outcome_in_mlflow() == "rejected"
+    with pytest.raises(ConfigError, match="version 1 of run tiny was rejected"):
+        promote("tiny", 1, SILENT)
+    with pytest.raises(ConfigError, match="no version of run tiny awaits approval"):
+        promote("tiny", None, SILENT)
+    with pytest.raises(ConfigError, match="version 1 of run tiny has never served: its approval is refused"):
+        rollback("tiny", 1, SILENT)
+    assert tick()["outcome"] == "idle"
+    # Its number is never another's.
+    again = tick(reopen=result["data"])
+    assert (again["outcome"], again["version"], again["candidate"]) == ("awaiting approval", 2, result["candidate"])
+    assert promote("tiny", 2, SILENT)["champion"] == 2
+
+
+def test_a_candidate_for_another_champion_is_measured_anew(lab: None) -> None:
+    write_retraining(promote="manual")
+    arrive("noise", "noise.jsonl", seed=5)
+    assert head()["champion"] == 1
+    rollback("tiny", 0, SILENT)
+    result = tick(reopen=head()["batches"][next(iter(head()["batches"]))]["name"])
+    assert (result["outcome"], result["version"]) == ("awaiting approval", 2)
+    rollback("tiny", 1, SILENT)
+    with pytest.raises(ConfigError, match="was measured against version 0, and version 1 serves now"):
+        promote("tiny", None, SILENT)
+    rollback("tiny", 0, SILENT)
+    assert promote("tiny", None, SILENT)["champion"] == 2
+
+
+@pytest.mark.parametrize("place", ["set_head", "follow_champion"])
+def test_a_promotion_that_was_killed_is_repeated(finished: None, monkeypatch: pytest.MonkeyPatch, place: str) -> None:
+    write_retraining(promote="manual")
+    key = tick()["candidate"]
+
+    def killed(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        if place == "set_head":
+            patch.setattr(RunRecord, "set_head", killed)
+        else:
+            patch.setattr("pipelines.retrain.promote._record", killed)
+        promote("tiny", None, SILENT)
+    assert shown().tags["stage_key"] != key
+    promote("tiny", None, SILENT)
+    assert serving() == shown().tags["stage_key"] == key
+    assert described(key).startswith("promoted by a person: ") and outcome_in_mlflow() == "promoted"

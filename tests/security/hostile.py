@@ -21,6 +21,7 @@ ARGUMENTS: dict[str, list[str]] = {
     "report": ["old"],
     "status": ["old"],
     "lineage": ["old"],
+    "promote": ["old"],
     "rollback": ["old"],
     "drop": ["old", "code"],
     "consolidate": ["old", "code"],

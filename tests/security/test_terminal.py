@@ -230,6 +230,7 @@ ARGUMENTS = {
     "report": ([ALL],),
     "status": ([ALL], ["old", ALL]),
     "lineage": ([ALL], ["old", "--expert", ALL], ["old", "--expert", f"{ALL}/L0/E0"], ["old", "--document", ALL]),
+    "promote": ([ALL], ["old", "--version", ALL], ["old", "--config", ALL]),
     "rollback": ([ALL], ["old", "--to", ALL]),
     "drop": (["old", ALL], ["old", "code", f"gate.{ALL}=1"]),
     "consolidate": (["old", ALL],),

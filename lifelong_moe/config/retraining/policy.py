@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from enum import StrEnum
 
 from lifelong_moe.config.routing.bounds import require_bounded
 from lifelong_moe.errors import ConfigError
@@ -11,6 +12,13 @@ from lifelong_moe.errors import ConfigError
 # The gate computes no bounds from fewer (lifelong_moe.retraining.bounds.LEAST_SOURCES).
 HELDOUT_SOURCES = 5
 """Fewest held-out sources of a batch that has twice as many."""
+
+
+class PromoteRule(StrEnum):
+    """Who lets a candidate serve that has passed the gate."""
+
+    automatic = "automatic"
+    manual = "manual"
 
 
 @dataclass(kw_only=True)

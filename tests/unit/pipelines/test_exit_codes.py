@@ -24,10 +24,10 @@ ERRORS = {
     if isinstance(kind, type) and issubclass(kind, errors.LifelongError) and kind is not errors.LifelongError
 }
 OFFLINE = ("init", "evaluate", "generate", "export")
-NOT_REACHED = {("drop", 6), ("consolidate", 6), *((command, 75) for command in OFFLINE)}
+NOT_REACHED = {("drop", 6), ("consolidate", 6), ("promote", 3), *((command, 75) for command in OFFLINE)}
 """The first two hold a bench of candidates; its ``train`` is not called, but modules have a method of that name, too.
-The others read folders, or look for a model of the hub in its cache alone; the same code asks the hub for other
-commands."""
+Who rejects a version by hand gets what was asked for, which is no failure. The others read folders, or look for a model
+of the hub in its cache alone; the same code asks the hub for other commands."""
 Place = tuple[str, str]
 
 

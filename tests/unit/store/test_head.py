@@ -196,6 +196,52 @@ def test_rolling_back_goes_to_what_served_before_and_forward_again(head: RunHead
     assert (again.champion.id, again.champion.before) == (2, 0)  # what served then, not the newest
 
 
+BEST = {"b_text": BestLoss(key=B.key, heldout="h" * 64, nats=1.0)}
+
+
+def test_a_candidate_has_a_number_and_serves_once_it_is_approved(head: RunHead) -> None:
+    number, before = len(head.versions), head.champion
+    waits = head.with_candidate([A, B], "better", "2026-02-01T00:00:00Z", BEST)
+    assert (waits.candidate, waits.champion, waits.plan) == (waits.versions[number], before, head.plan)
+    assert (waits.versions[number].before, waits.best) == (before.id, head.best)
+    assert waits.versions_until("2027") == list(head.versions)
+    with pytest.raises(ConfigError, match=rf"version {number} .* approval is awaited. lifelong-moe promote"):
+        waits.rolled_back(number)
+    after = waits.approved("2026-02-03T00:00:00Z")
+    assert (after.champion.id, after.champion.at, after.candidate) == (number, "2026-02-03T00:00:00Z", None)
+    assert (after.best, after.candidate_best, after.plan) == (BEST, {}, (A.key, B.key))
+    assert after.rolled_back().champion == before
+    with pytest.raises(ConfigError, match=r"no version of run .* awaits approval"):
+        after.approved("2026-02-04T00:00:00Z")
+
+
+def test_what_is_refused_never_serves(head: RunHead) -> None:
+    number = len(head.versions)
+    refused = head.with_candidate([A, B], "", "2026-02-01T00:00:00Z", BEST).refused()
+    assert (refused.candidate, refused.champion, refused.candidate_best) == (None, head.champion, {})
+    with pytest.raises(ConfigError, match=rf"version {number} of run .* its approval is refused\."):
+        refused.rolled_back(number)
+    # A number is never another's, and a second candidate takes the place of the first.
+    again = refused.with_candidate([A, C], "", "2026-02-01T00:00:00Z", {})
+    third = again.with_candidate([A, B], "", "2026-02-02T00:00:00Z", {})
+    assert again.candidate is not None and again.candidate.id == number + 1
+    assert [version.approval for version in third.versions[number:]] == ["refused", "refused", "awaited"]
+    assert RunHead.from_json(written(third)) == third
+
+
+def test_a_candidate_for_another_champion_cannot_be_approved(head: RunHead) -> None:
+    waits = head.with_candidate([A, B], "", "2026-02-01T00:00:00Z", {})
+    other = waits.promoted("dropped", [A], "", "2026-02-02T00:00:00Z")
+    with pytest.raises(ConfigError, match="was measured against version"):
+        other.approved("2026-02-03T00:00:00Z")
+
+
+def test_a_champion_that_nobody_approved_is_refused(head: RunHead) -> None:
+    stored = written(head.with_candidate([A, B], "", "2026-02-01T00:00:00Z", {}))
+    with pytest.raises(PlainError, match="was never approved"):
+        RunHead.from_json(stored | {"champion": len(head.versions)})
+
+
 def test_what_is_dated_later_is_left_out(head: RunHead) -> None:
     def dated(at: str) -> list[int]:
         return [version.id for version in head.versions_until(at)]
