@@ -221,6 +221,7 @@ TABLES: dict[str, Callable[[], list[str]]] = {
     "capacity8-flops": partial(kinds.arms, "results/capacity8_flops"),
     "assignment": others.assignment,
     "mixture-weights": others.mixture_weights,
+    "unknown": others.unknown,
     "assignment-chunks": partial(others.assignment_by, "chunk_tokens", "chunk, tokens", {"margin": 4}),
     "three-seeds": partial(
         listed,

@@ -81,6 +81,18 @@ def mixture_weights() -> list[str]:
     return markdown(["likelihood", "drop", *names, "mean"], rows)
 
 
+def unknown() -> list[str]:
+    """What a mixture costs on text of no generation's kind, beside the best single generation."""
+    rows = []
+    for one in read("results/unknown"):
+        best = min(one["alone"], key=one["alone"].__getitem__)
+        nats = f"{one['mixture']:.3f}", f"{one['alone'][best]:.3f} ({best})"
+        more = (f"{one[f'more_than_best{of}_percent']:+.2f}" for of in ("", "_of_each_document"))
+        rows.append([one["run"], one["text"], *nats, *more, f"{one['readers']:.2f}"])
+    header = ["run", "text", "mixture", "best generation", "more than it, %", "than the best of each document, %"]
+    return markdown([*header, "generations a token"], rows, "ll")
+
+
 def _mean(values: Iterable[float]) -> float:
     found = list(values)
     return sum(found) / len(found)
