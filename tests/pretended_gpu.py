@@ -346,6 +346,8 @@ def pretended_gpu() -> Iterator[Log]:
             "set_device": lambda device: None,
             "empty_cache": lambda: None,
             "get_device_name": lambda device=None: "a pretended GPU",
+            # A CUDA build without a driver cannot tell; AdamW asks before each step.
+            "is_current_stream_capturing": lambda: False,
         }.items():
             patch.setattr(torch.cuda, name, value)
         patch.setattr(torch, "autocast", _Autocast)
