@@ -42,6 +42,7 @@ MAIN = {
 }
 """Arms of README's table, and what old text each stores."""
 TRAINED_BASE = [arm["name"] for arm in read("results/trained_base")["arms"]]
+AGAIN_ON_BASE = [arm["name"] for arm in read("results/trained_base_again")["arms"]]
 PAIRED = ("joint", "naive", "replay25", "grow_kl_replay25", "kl_replay25", "bundles", "naive8", "static22_kl_replay25")
 AGAIN = ("joint", "naive", "replay5", "replay25", "kl_replay25", "static22_kl_replay25", "grow_kl_replay25", "bundles")
 ROUTERS = {
@@ -209,6 +210,8 @@ TABLES: dict[str, Callable[[], list[str]]] = {
     "periods": partial(kinds.learned_and_kept, "results/periods", ("naive", "replay25", "lifelong")),
     "trained-base": partial(kinds.arms, "results/trained_base"),
     "trained-base-learned": partial(kinds.learned_and_kept, "results/trained_base", TRAINED_BASE),
+    "trained-base-again": partial(kinds.arms, "results/trained_base_again"),
+    "trained-base-again-learned": partial(kinds.learned_and_kept, "results/trained_base_again", AGAIN_ON_BASE),
     "bench": partial(kinds.arms, "results/bench", [name for name in BENCH if name not in ASSIGNED[1:]]),
     "bench-paired": partial(kinds.differences, "results/bench", PAIRED),
     "bench-bundles": partial(kinds.curves, "results/bench", "bundles"),
