@@ -340,6 +340,7 @@ def bypasses(text: str) -> Iterator[str]:
 def test_nothing_prints_past_the_wall() -> None:
     allowed = {"pipelines/shared/output.py", "pipelines/shared/quiet.py"}
     allowed.add("lifelong_moe/data/tokens/pick.py")  # goes out with a model, and works without us
+    allowed.add("lifelong_moe/training/ranks/rank.py")  # writes to the main process, which prints
     files = [path for package in ("lifelong_moe", "pipelines") for path in sorted((ROOT / package).rglob("*.py"))]
     found = {str(path.relative_to(ROOT)): list(bypasses(path.read_text(encoding="utf-8"))) for path in files}
     assert {name: ways for name, ways in found.items() if ways and name not in allowed} == {}

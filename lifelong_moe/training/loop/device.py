@@ -9,13 +9,17 @@ import logging
 from itertools import chain
 
 import torch
+from torch.torch_version import TorchVersion
 
 from lifelong_moe.config.training import TrainerConfig
+from lifelong_moe.errors import ConfigError
 from lifelong_moe.model.transformer import LanguageModel
 from lifelong_moe.training.callbacks.late import importing_lightning
 
 log = logging.getLogger(__name__)
 CPU = torch.device("cpu")
+COMPILES = "2.13"
+"""The oldest torch whose compiled gradients were found to be those of the model as it is written."""
 HEADROOM = 1.25
 """Memory that a model is read in, over that of its tensors: activations, logits of a chunk, keys and values."""
 
@@ -26,6 +30,11 @@ def require_trainer(config: TrainerConfig) -> None:
     Raises:
         ConfigError: If it cannot.
     """
+    if config.compile and TorchVersion(torch.__version__) < COMPILES:
+        raise ConfigError(
+            f"trainer.compile=true: torch {torch.__version__} is older than {COMPILES}, the oldest that this was "
+            f"tested with; compiled by 2.11, experts get wrong gradients. Set it to false, or install a newer torch."
+        )
     if config.num_nodes > 1:
         with importing_lightning():
             from lifelong_moe.training.ranks.nodes import joined

@@ -168,6 +168,7 @@ RUN = [
     *none("trainer.", "log_every_n_steps=1", "enable_progress_bar=false", "deterministic=true", "benchmark=true"),
     *none("trainer.", "detect_anomaly=true", "profiler=simple"),
     *none("trainer.", "callbacks=[{class_path: a.B}]", "logger=[{class_path: a.B, init_args: {c: 1}}]"),
+    *none("", "stages[1].max_epochs=99"),
     *none("checkpoint.", "every_steps=1", "keep=1"),
     *none("frozen.", "offload=cpu"),
     *none("evaluate.", "also=[python]", "tokens=9", "batch_tokens=9", "watch=0.5", "keep_heldout=false"),

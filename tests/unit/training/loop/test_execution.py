@@ -12,6 +12,7 @@ from functools import partial
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.torch_version import TorchVersion
 
 from lifelong_moe.config.model import ExpertsImplementation
 from lifelong_moe.config.training import TrainerConfig
@@ -19,6 +20,7 @@ from lifelong_moe.errors import ConfigError
 from lifelong_moe.model.tokens import TokenBatch
 from lifelong_moe.model.transformer import LanguageModel
 from lifelong_moe.training.loop import execution
+from lifelong_moe.training.loop.device import COMPILES, require_trainer
 from lifelong_moe.training.loop.execution import execution_options, isolated_documents, keep_freed_memory
 
 Make = Callable[..., LanguageModel]
@@ -90,6 +92,7 @@ def test_documents_are_kept_apart_for_a_while(make_model: Make) -> None:
     assert not torch.allclose(together, alone, atol=1e-2)
 
 
+@pytest.mark.skipif(TorchVersion(torch.__version__) < COMPILES, reason=f"trainer.compile needs torch {COMPILES}")
 @pytest.mark.filterwarnings("ignore")  # torch's tracer warns of what it does itself
 def test_compiled_is_the_same(make_model: Make, make_batch: Batch, monkeypatch: pytest.MonkeyPatch) -> None:
     batch, model = make_batch(), make_model("learned", (2, 2))
@@ -102,6 +105,14 @@ def test_compiled_is_the_same(make_model: Make, make_batch: Batch, monkeypatch: 
     assert model._compiled_call_impl is None
     for ours, theirs in zip(found, expected, strict=True):
         torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
+
+
+def test_an_old_compiler_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Compiled by torch 2.11 the gradients of experts were wrong, and nothing said so.
+    monkeypatch.setattr(torch, "__version__", TorchVersion("2.11.0+cpu"))
+    require_trainer(TrainerConfig())
+    with pytest.raises(ConfigError, match=r"^trainer.compile=true: torch 2.11.0\+cpu is older than 2.13"):
+        require_trainer(TrainerConfig(compile=True))
 
 
 def test_a_compiler_that_fails_is_one_line(make_model: Make, monkeypatch: pytest.MonkeyPatch) -> None:
