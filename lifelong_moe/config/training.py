@@ -147,8 +147,8 @@ class TrainerConfig:
     """Recompute attention and experts in the backward pass instead of keeping their activations: less memory for about
     a third more time."""
     compile: bool = False
-    """Compile models with ``torch.compile``, from torch 2.13 on; needs a compiler, and takes minutes at first. It gained
-    nothing on CPU."""
+    """Compile models with ``torch.compile``, from torch 2.13 on; needs a compiler, and takes minutes at first. It
+    gained nothing on CPU."""
     num_workers: int = 0
     """Number of processes that load data; 0 loads in the training process. Sample order does not depend on it."""
     log_every_n_steps: int = 10
