@@ -29,7 +29,7 @@ from tests.watched import import_named
 
 # The run was moved on by `drop`; only a learned router without bundles can be consolidated; the address of one spool is
 # not the user's, so its records stay; no run has learned a batch that was put beside them.
-ENDS = {"run": 2, "consolidate": 2, "sync": 75, "lineage of a document": 2}
+ENDS = {"run": 2, "consolidate": 2, "sync": 75, "lineage of a document": 2, "promote": 2}
 SLOW = {"compare", "tick", "inspect", "export", *(name for name in COMMANDS if "recorded" in name)}
 """Commands that draw, train, or open a database; the benchmark attacks them too."""
 SAMPLE = 5

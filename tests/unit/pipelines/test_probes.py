@@ -14,7 +14,8 @@ import pytest
 from scipy.stats import norm
 
 from lifelong_moe.config.retraining.operation import LimitsConfig
-from lifelong_moe.config.retraining.policy import GateConfig
+from lifelong_moe.config.retraining.policy import GateConfig, PromoteRule
+from lifelong_moe.plan.retraining import RetrainConfig
 from lifelong_moe.retraining.bounds import DocumentLosses
 from lifelong_moe.retraining.decision import Action
 from lifelong_moe.retraining.drifted import Drift
@@ -130,7 +131,7 @@ def test_a_probe_s_bounds_hold_at_five_percent_and_harm_is_shown_at_that_over_th
 @pytest.fixture
 def plan() -> tuple[dict[str, Any], Any]:
     """A plan's facts, and the retraining file that it was made by."""
-    retraining: Any = SimpleNamespace(settings=GateConfig(), raw=lambda: {"base": "x"})
+    retraining: Any = SimpleNamespace(settings=RetrainConfig(base="x"), raw=lambda: {"base": "x"})
     facts = {
         "champion": {"version": 0, "key": "cd" * 32}, "batch": "ef" * 32, "settings": settings_hash(retraining),
         "sources": "ff", "stage": asdict(STAGE), "made_at": timestamp(), "expires": timestamp(time.time() + DAY),
@@ -141,8 +142,12 @@ def plan() -> tuple[dict[str, Any], Any]:
 
 def test_settings_are_all_that_a_person_configured(plan: Any) -> None:
     facts, retraining = plan
-    now, others = vars(retraining), ({"settings": GateConfig(level=0.1)}, {"raw": lambda: {"base": "y"}})
+    other_gate = RetrainConfig(base="x", gate=GateConfig(level=0.1))
+    now, others = vars(retraining), ({"settings": other_gate}, {"raw": lambda: {"base": "y"}})
     assert settings_hash(retraining) == facts["settings"]
+    # Who lets a candidate serve matters only once it has passed the gate.
+    by_hand = RetrainConfig(base="x", promote=PromoteRule.manual)
+    assert settings_hash(SimpleNamespace(**{**now, "settings": by_hand})) == facts["settings"]  # type: ignore[arg-type]
     for other in others:
         assert settings_hash(SimpleNamespace(**{**now, **other})) != facts["settings"]  # type: ignore[arg-type]
 
