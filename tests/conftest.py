@@ -23,6 +23,7 @@ from lifelong_moe.config.routing.base import STORED, BalanceScope, Bundles, Feat
 from lifelong_moe.config.routing.capacity import CapacityConfig, Overflow, Priority
 from lifelong_moe.config.routing.modes import keys_of, settings_of
 from lifelong_moe.config.run import RunConfig
+from lifelong_moe.config.yaml_file import apply_override
 from lifelong_moe.model.transformer import LanguageModel, initialize
 from lifelong_moe.plan.architecture import Architecture, Generation
 from lifelong_moe.routing.routers.cluster import TokenClusterRouter
@@ -205,8 +206,7 @@ def build_run(*overrides: str, **changes: Any) -> RunConfig:
     """That run, with ``key=value`` overrides."""
     raw = OmegaConf.create(build_raw(**changes))
     for override in overrides:
-        key, _, value = override.partition("=")
-        OmegaConf.update(raw, key, OmegaConf.from_dotlist([f"value={value}"])._get_node("value"), force_add=True)
+        apply_override(raw, override)
     return build_config(raw)
 
 

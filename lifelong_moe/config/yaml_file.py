@@ -32,6 +32,8 @@ KINDS = {
 """By command that a file is for, keys that no other kind of file has."""
 MAX_BITS = 63
 """Of a whole number. Python writes longer ones slowly, or not at all."""
+DATA = re.compile(r"(stages(\[-?\d+\]|\.-?\d+)|stage_defaults)(\.data|\[data\])")
+"""Keys of overrides that say what a stage learns."""
 
 
 def read_yaml(path: Path, *, is_base: bool = False) -> DictConfig:
@@ -162,6 +164,8 @@ def apply_override(raw: DictConfig, override: str) -> None:
         read = OmegaConf.from_dotlist([f"value={value}"])
         _require_short_numbers(OmegaConf.to_container(read, resolve=False))
         parsed = read._get_node("value")
+        if (mixture := _mixture_in(key, parsed)) is not None:
+            OmegaConf.update(raw, mixture, None, force_add=True)
         # Keys that the file lacks are added; the section rejects those that do not exist.
         OmegaConf.update(raw, key, parsed, force_add=True)
         # Now, since the next override may name what lies behind a reference.
@@ -169,6 +173,14 @@ def apply_override(raw: DictConfig, override: str) -> None:
     except (OmegaConfBaseException, yaml.YAMLError, AttributeError, IndexError, TypeError, ValueError) as error:
         text = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ConfigError(f"override {override!r} cannot be applied: {text}") from None
+
+
+def _mixture_in(key: str, value: object) -> str | None:
+    """Key of a stage's ``data`` that an override sets: a mixture is one value, of which no old name may remain."""
+    if DATA.fullmatch(key):
+        return key
+    is_stage = DATA.fullmatch(f"{key}.data") is not None
+    return f"{key}.data" if is_stage and isinstance(value, DictConfig) and "data" in value else None
 
 
 def first_key(override: str) -> str:

@@ -139,3 +139,32 @@ def test_tokens_are_not_added_beside_a_mixture(make_run: MakeRun) -> None:
 def test_passes_are_above_0(make_run: MakeRun, most: float) -> None:
     with pytest.raises(ConfigError, match=r"^stages\[0\].max_epochs=.* must be above 0"):
         make_run(stages=[{"data": "english", "max_epochs": most}])
+
+
+@pytest.mark.parametrize(
+    ("override", "names"),
+    [
+        ("stages[0].data={python: 1, french: 1}", ("french", "python")),
+        ("stages[0]={data: {python: 1, french: 1}}", ("french", "python")),
+        ("stages.0.data={python: 1, french: 1}", ("french", "python")),
+        ("stages[0].data=python", ("python",)),
+        ("stages[0].data.english=2", ("english", "python")),
+        ("stages[0]={name: other}", ("english", "python")),
+    ],
+)
+def test_an_override_replaces_a_mixture(make_run: MakeRun, override: str, names: tuple[str, ...]) -> None:
+    # Other maps are merged; of a mixture, a name that nobody asked for any more would still be learned.
+    distributions = {name: {"builtin": "english_docs"} for name in ("english", "python", "french")}
+    config = make_run(override, distributions=distributions, stages=[{"data": {"english": 1, "python": 1}}])
+    assert tuple(sorted(config.stages[0].mixture.names)) == names
+
+
+def test_an_override_without_a_name_is_refused(make_run: MakeRun) -> None:
+    with pytest.raises(ConfigError, match=r"^stages\[0\].data"):
+        make_run("stages[0].data={}", stages=[{"data": {"english": 1, "python": 1}}])
+
+
+def test_defaults_are_replaced_too(make_run: MakeRun) -> None:
+    defaults, stages = {"data": {"english": 1, "python": 1}}, [{"name": "first"}]
+    config = make_run("stage_defaults.data=python", stage_defaults=defaults, stages=stages)
+    assert config.stages[0].mixture.names == ("python",)
