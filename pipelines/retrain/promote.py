@@ -18,7 +18,7 @@ from lifelong_moe.store.runs import RunRecord, require_head, timestamp
 from lifelong_moe.store.stages import StageStore
 from lifelong_moe.store.versions import Version, describe
 from pipelines.retrain import hooks
-from pipelines.retrain.outcome import ServingVersion, TickOutcome
+from pipelines.retrain.outcome import AWAITING, ServingVersion, TickOutcome
 from pipelines.shared.markdown import plain
 from pipelines.shared.places import ROOT
 from pipelines.shared.recorded import follow_champion, model_name, tracker_of
@@ -39,24 +39,24 @@ def promote(
     Raises:
         ConfigError: If there is no such run or version, or none that can be approved.
         LockedError: If another process works on the run.
-        CorruptError: If the stage is no longer in the store.
+        CorruptError: If a stage that is to serve is no longer in the store.
     """
     # A run that does not exist is refused before a lock file is made for it.
     require_head(ROOT, run)
     record, store = RunRecord(ROOT, run), StageStore(ROOT)
     with locked(record.lock_path, f"run {run}"):
         head = require_head(ROOT, run)
-        if not reject and _serves(head, version):
-            now = head.champion
-            console.print(f"{run}: version {now.id} is champion already: {describe(now)}")
-            # A kill may have come before MLflow heard of it.
-            _record(head, now, "promoted", console)
-            follow_champion(head, console)
-            return {"run": run, "outcome": "champion already", "version": now.id, "champion": now.id, "key": now.key}
-        waits = _meant(head, version)
-        store.get(waits.key)  # for its errors: a champion whose files are damaged serves nobody
         at, outcome = timestamp(), "rejected" if reject else "promoted"
+        if (known := _decided(head, version, reject=reject)) is not None:
+            said, now = "rejected already" if reject else "champion already", head.champion
+            console.print(f"{run}: version {known.id} is {said}; serves: {describe(now)}")
+            # A kill may have come before MLflow heard of it.
+            _record(head, known, outcome, console)
+            follow_champion(head, console)
+            return {"run": run, "outcome": said, "version": known.id, "champion": now.id, "key": known.key}
+        waits = _meant(head, version, reject=reject)
         if not reject:
+            store.get(waits.key)  # for its errors: a champion whose files are damaged serves nobody
             store.sign(waits.key, head.centroids)
         after = _settled(head.refused() if reject else head.approved(at), waits, outcome, at)
         now = after.champion
@@ -71,15 +71,22 @@ def promote(
     return {"run": run, "outcome": outcome, "version": waits.id, "champion": now.id, "key": waits.key}
 
 
-def _serves(head: RunHead, version: int | None) -> bool:
-    """Whether the command was meant for the version that serves: it is named, or nothing else is to be approved."""
-    if not head.versions:
-        return False
-    now = head.champion
-    return version == now.id or (version is None and head.candidate is None and now.kind == "promoted")
+def _decided(head: RunHead, version: int | None, *, reject: bool) -> Version | None:
+    """The version that is meant if it serves, or is rejected, already: named, or the last one and none awaits."""
+    if not head.versions or (version is None and head.candidate is not None):
+        return None
+    if not reject:
+        now = head.champion
+        return now if version == now.id or (version is None and now.kind == "promoted") else None
+    last = head.versions[-1].id if version is None else version
+    if not 0 <= last < len(head.versions) or head.versions[last].approval != "refused":
+        return None
+    # A batch that was looked at again has another verdict, which MLflow shows under the same run.
+    batch = head.batches.get(head.versions[last].stages[-1].batch or "")
+    return head.versions[last] if batch is not None and batch.outcome == "rejected" else None
 
 
-def _meant(head: RunHead, version: int | None) -> Version:
+def _meant(head: RunHead, version: int | None, *, reject: bool) -> Version:
     """The version to decide about.
 
     Raises:
@@ -93,19 +100,24 @@ def _meant(head: RunHead, version: int | None) -> Version:
             raise ConfigError(
                 f"version {version} of run {head.run} was rejected; retrain --reopen BATCH looks at its text again."
             )
-        raise ConfigError(
-            f"version {version} of run {head.run} awaits no approval: it has served. lifelong-moe rollback {head.run} "
-            f"--to {version} lets it serve again."
-        )
-    return head.require_candidate()
+        back = f"lifelong-moe rollback {head.run}"
+        hint = f"{back} --to {version} lets it serve again"
+        if version == head.champion_id:
+            hint = f"{back} lets the version before it serve"
+        raise ConfigError(f"version {version} of run {head.run} awaits no approval: it has served. {hint}.")
+    # Who refuses it need not wait until it is measured against today's champion.
+    return head.candidate if reject and head.candidate is not None else head.require_candidate()
 
 
 def _settled(head: RunHead, waits: Version, outcome: str, at: str) -> RunHead:
-    """The head with what became of the version's batch."""
-    batch = waits.stages[-1].batch
+    """The head with what became of the version's batch, and of the tick that left it to a person."""
+    batch, reason = waits.stages[-1].batch, f"{outcome} by a person: {waits.reason}"
+    if (last := head.last_tick) is not None and last.outcome == AWAITING:
+        # As after a tick that promotes, the next one tells MLflow which version serves, should this command be killed.
+        head = replace(head, last_tick=replace(last, outcome=outcome, reason=reason))
     if batch is None or batch not in head.batches:
         return head
-    known = replace(head.batches[batch], outcome=outcome, reason=f"{outcome} by a person: {waits.reason}", at=at)
+    known = replace(head.batches[batch], outcome=outcome, reason=reason, at=at)
     return replace(head, batches={**head.batches, batch: known})
 
 

@@ -31,7 +31,7 @@ from pipelines.retrain.render import print_outcome
 from pipelines.shared.kept_text import remembered_by
 from pipelines.shared.novelty import NewDocuments, arrived
 from pipelines.shared.places import CACHE, ROOT
-from pipelines.shared.recorded import show_champion
+from pipelines.shared.recorded import model_name, show_champion
 from pipelines.versions.served import served_stages
 
 
@@ -188,6 +188,10 @@ class Tick(OpenRun):
             f"Version {waits.id} was measured against version {waits.before}, and version {self.head.champion_id} "
             f"serves: its text is looked at again."
         )
+        # MLflow first: a tick that is killed in between does both again.
+        run_id = self.head.mlflow.ticks.get(batch or "")
+        tracker = Tracker.connect(self.config.tracking, ROOT)
+        tracker.remove_alias(model_name(self.head), run_id=run_id, stage_key=waits.key, alias="candidate")
         kept = {key: one for key, one in self.head.batches.items() if key != batch}
         self.save(replace(self.head.refused(), batches=kept))
 

@@ -381,3 +381,64 @@ def test_a_promotion_that_was_killed_is_repeated(finished: None, monkeypatch: py
     promote("tiny", None, SILENT)
     assert serving() == shown().tags["stage_key"] == key
     assert described(key).startswith("promoted by a person: ") and outcome_in_mlflow() == "promoted"
+
+
+@pytest.mark.parametrize("follows", ["command", "tick"])
+def test_after_a_killed_promotion_the_next_tick_tells_who_serves(
+    finished: None, monkeypatch: pytest.MonkeyPatch, follows: str
+) -> None:
+    write_retraining(promote="manual", trigger={"min_tokens": 10})
+    key = tick()["candidate"]
+
+    def killed(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("pipelines.retrain.promote._record", killed)
+        promote("tiny", None, SILENT)
+    assert head()["last_tick"]["outcome"] == "promoted"  # what status shows asks for no approval any more
+    assert serving() == key != shown().tags["stage_key"]
+    if follows == "command":
+        promote("tiny", None, SILENT)
+    else:
+        assert tick()["outcome"] == "idle"
+    assert shown().tags["stage_key"] == key
+
+
+def test_a_rejection_that_was_killed_is_repeated(finished: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_retraining(promote="manual")
+    result = tick()
+
+    def killed(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("pipelines.retrain.promote._record", killed)
+        promote("tiny", None, SILENT, reject=True)
+    assert candidate() == result["candidate"]
+    for version in (None, 1):
+        again = promote("tiny", version, SILENT, reject=True)
+        assert (again["outcome"], again["version"], again["champion"]) == ("rejected already", 1, 0)
+        assert candidate() is None and outcome_in_mlflow() == "rejected"
+    assert [line["event"] for line in ledger()].count("promote") == 1
+    # Looked at again, its text makes a version with the same stage, of which the first number says nothing.
+    assert tick(reopen=result["data"])["version"] == 2
+    with pytest.raises(ConfigError, match="version 1 of run tiny was rejected"):
+        promote("tiny", 1, SILENT, reject=True)
+    assert candidate() == result["candidate"] and outcome_in_mlflow() == "awaiting approval"
+    with pytest.raises(ConfigError, match=r"awaits no approval: .* rollback tiny lets the version before it serve"):
+        promote("tiny", 0, SILENT, reject=True)
+
+
+@pytest.mark.parametrize("refused", [True, False])
+def test_a_candidate_for_another_champion_loses_its_alias(lab: None, refused: bool) -> None:
+    write_retraining(promote="manual")
+    rollback("tiny", 0, SILENT)
+    result = tick(reopen=head()["batches"][next(iter(head()["batches"]))]["name"])
+    assert (result["outcome"], candidate()) == ("awaiting approval", result["candidate"])
+    rollback("tiny", 1, SILENT)
+    if refused:
+        assert promote("tiny", None, SILENT, reject=True)["outcome"] == "rejected"
+        assert head()["batches"][result["batch"]]["outcome"] == "rejected"
+    assert tick()["outcome"] == "idle"
+    assert head()["versions"][2]["approval"] == "refused" and candidate() is None
