@@ -11,6 +11,7 @@ import numpy as np
 from lightning.pytorch import Callback, Trainer
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from lifelong_moe.config.run import RunConfig
 from lifelong_moe.config.training import FinetuneConfig, TrainerConfig
@@ -108,10 +109,12 @@ class Watch(Callback):
     def on_train_batch_end(self, trainer: Trainer, pl_module: Any, *args: Any) -> None:
         """Keep each step's."""
         if trainer.global_step > len(self.curves):
-            self.curves.append(pl_module.means.values)
+            self.curves.append(pl_module.means.values | {"grad_norm": pl_module.grad_norm})
 
 
-def take_steps(begin: Begin, accumulate: int, processes: int = 1, nodes: int = 1) -> tuple[dict[str, Tensor], Watch]:
+def take_steps(
+    begin: Begin, accumulate: int, processes: int = 1, nodes: int = 1, strategy: str = "auto"
+) -> tuple[dict[str, Tensor], Watch]:
     """Take the steps, each in so many micro-batches of each process; the weights, and what was seen.
 
     Processes are those of each node.
@@ -121,6 +124,7 @@ def take_steps(begin: Begin, accumulate: int, processes: int = 1, nodes: int = 1
         accelerator="cpu",
         devices=processes,
         num_nodes=nodes,
+        strategy=strategy,
         accumulate_grad_batches=accumulate,
         deterministic=False,
     )
@@ -132,14 +136,17 @@ def take_steps(begin: Begin, accumulate: int, processes: int = 1, nodes: int = 1
     return module.model.state_dict(), watch
 
 
-def take_steps_in_ranks(begin: Begin, accumulate: int, processes: int, folder: Path) -> tuple[dict[str, Tensor], Any]:
+def take_steps_in_ranks(
+    begin: Begin, accumulate: int, processes: int, folder: Path, strategy: str = "auto"
+) -> tuple[dict[str, Tensor], Any]:
     """:func:`take_steps` in several processes; the weights of the first, and its curves."""
     path = folder / "weights.safetensors"
 
     def work(rank: int) -> Any:
-        weights, watch = take_steps(begin, accumulate, processes)
+        weights, watch = take_steps(begin, accumulate, processes, strategy=strategy)
+        whole = {name: one.full_tensor() if isinstance(one, DTensor) else one for name, one in weights.items()}
         if rank == 0:
-            save_file(weights, path)
+            save_file(whole, path)
         return watch.curves
 
     curves = run_forked(processes, work, folder)

@@ -26,6 +26,7 @@ def require_consistent_stage(run: RunConfig, i: int, stage: StageConfig) -> None
     _check_batch(run, i, stage)
     _check_tokens(run, i, stage)
     _check_finetuning(run, i, stage)
+    _check_sharding(run, i, stage)
     _check_experts(run, i, stage)
     # Other methods use none of these sections as they are in the configuration.
     if run.continues(i) and run.method == Method.lifelong:
@@ -126,6 +127,22 @@ def _check_finetuning(run: RunConfig, i: int, stage: StageConfig) -> None:
         raise ConfigError("stages[0].kind=finetune: there is no model yet to fine-tune.")
     if stage.finetune.patience is not None and run.trainer.processes > 1:
         raise ConfigError(f"stages[{i}].finetune.patience needs trainer.devices=1.")
+
+
+def _check_sharding(run: RunConfig, i: int, stage: StageConfig) -> None:
+    """Require what processes can do that hold parts of the model."""
+    if not run.trainer.is_sharded:
+        return
+    grows = run.continues(i) and run.method == Method.lifelong
+    refused = {
+        f"method={run.method}": run.method in (Method.l2, Method.ewc),
+        "frozen.offload=cpu": run.frozen.offload == Offload.cpu,
+        f"stages[{i}].penalty.kind={stage.penalty.kind}": grows and stage.penalty.kind != PenaltyKind.none,
+        f"stages[{i}].grow.frozen_weights={stage.grow.frozen_weights}": grows
+        and stage.grow.frozen_weights != FrozenWeights.full,
+    }
+    for key in (key for key, is_set in refused.items() if is_set):
+        raise ConfigError(f"{key} with trainer.strategy=fsdp is not supported. Set trainer.strategy=ddp.")
 
 
 def _check_experts(run: RunConfig, i: int, stage: StageConfig) -> None:

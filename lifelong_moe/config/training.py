@@ -123,7 +123,11 @@ class TrainerConfig:
     """Number of machines, each with ``devices``. With more than one, torchrun or srun starts ``lifelong-moe run`` once
     on each of them, in a working directory that they share (docs/scheduling.md)."""
     strategy: str = "auto"
-    """``auto``, ``ddp``, and so on; several processes train with ``ddp``, which ``auto`` then chooses."""
+    """``auto``, ``ddp``, ``fsdp``, and so on; several processes train with one of these three. With ``ddp``, which
+    ``auto`` chooses, each process holds the whole model. With ``fsdp`` each holds a part of its weights, gradients and
+    moments, and the whole of a block only while it computes; a teacher is whole in each, and step checkpoints are
+    gathered in the first. Stages and step checkpoints are those of ``ddp``: either continues the other's, with any
+    number of processes."""
     precision: str = "32-true"
     """Number format. ``32-true``: float32. ``auto``: what is fastest on the device without rounding what trains: on a
     GPU with bfloat16 trainable parameters, their moments and the residual stream in float32, products in bfloat16,
@@ -195,17 +199,25 @@ class TrainerConfig:
                 f"trainer.devices={self.devices} with trainer.accelerator={self.accelerator}: several processes train "
                 f"on CPU only so far. Set trainer.devices=1, or trainer.accelerator=cpu and a number of devices."
             )
-        if self.processes > 1 and self.strategy not in ("auto", "ddp"):
+        if self.processes > 1 and self.strategy not in ("auto", "ddp", "fsdp"):
             raise ConfigError(
                 f"trainer.strategy={self.strategy} with trainer.devices={self.devices}: several processes train with "
-                f"ddp only. Set trainer.strategy=ddp."
+                f"ddp or fsdp only. Set trainer.strategy=ddp."
             )
+        if self.is_sharded and (self.precision not in ("32-true", "auto") or self.compile):
+            key = "compile=true" if self.compile else f"precision={self.precision}"
+            raise ConfigError(f"trainer.strategy=fsdp does not support trainer.{key}. Set trainer.strategy=ddp.")
         for key in ("num_nodes", "accumulate_grad_batches", "log_every_n_steps"):
             if getattr(self, key) < 1:
                 raise ConfigError(f"trainer.{key}={getattr(self, key)} must be at least 1.")
         for key in ("gradient_clip", "num_workers"):
             if getattr(self, key) < 0:
                 raise ConfigError(f"trainer.{key}={getattr(self, key)} must not be negative.")
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether each process holds a part of the model while a stage trains."""
+        return self.strategy == "fsdp" and self.processes > 1
 
     @property
     def processes(self) -> int:

@@ -236,7 +236,10 @@ class ExpertBanks(nn.Module):
         for g, generation in enumerate(banks.born):
             for matrix in generation.tensors:
                 # Absent if held in 8 bits, a form that exists in memory only while a stage trains.
-                whole = state_dict.pop(f"{prefix}generations.{g}.{matrix}", ())
+                whole: Any = state_dict.pop(f"{prefix}generations.{g}.{matrix}", ())
+                # Divided among processes by experts: only whole can it be split.
+                if any(one.is_shard(dim=0) for one in getattr(whole, "placements", ())):
+                    whole = whole.full_tensor()
                 state_dict |= zip((prefix + name for name in generation.stored_names(matrix)), whole, strict=False)
 
     def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any) -> None:

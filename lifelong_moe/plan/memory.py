@@ -103,8 +103,9 @@ def memory_need(spec: StageSpec, architecture: Architecture, trainer: TrainerCon
         is_delta = generation is not None and not part.is_routed
         source = "trunk.rank" if spec.delta_rank else "vocabulary.add"
         sources[source if is_delta else _SOURCES.get(part, "model.width or model.layers")] += number
-    # A process has a gradient and moments of its own; frozen weights stay shared after the fork.
-    own = size * trainable * trainer.processes
+    # A process has a gradient and moments of its own, unless it has a part of them; frozen weights stay shared after
+    # the fork.
+    own = size * trainable * (1 if trainer.is_sharded else trainer.processes)
     kind = FrozenWeights.full if spec.grow is None else spec.grow.frozen_weights
     frozen = {FrozenWeights.full: size, FrozenWeights.half: 2, FrozenWeights.int8: 1}[kind]
     tokens = spec.optim.batch_tokens // spec.accumulate

@@ -444,9 +444,13 @@ def test_curves_are_sent_once(lab: Path, monkeypatch: pytest.MonkeyPatch) -> Non
             "trainer.devices=1, or trainer.accelerator=cpu and a number of devices.",
         ),
         (
-            ("trainer.strategy=fsdp",),
-            "trainer.strategy=fsdp with trainer.devices=2: several processes train with ddp only. Set "
+            ("trainer.strategy=deepspeed",),
+            "trainer.strategy=deepspeed with trainer.devices=2: several processes train with ddp or fsdp only. Set "
             "trainer.strategy=ddp.",
+        ),
+        (
+            ("trainer.strategy=fsdp", "frozen.offload=cpu"),
+            "frozen.offload=cpu with trainer.strategy=fsdp is not supported. Set trainer.strategy=ddp.",
         ),
         (
             ("trainer.devices=1", "trainer.num_nodes=2"),

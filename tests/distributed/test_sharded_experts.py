@@ -10,11 +10,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
 
 from lifelong_moe.config.model import ExpertsImplementation
 from lifelong_moe.model.tokens import TokenBatch
 from lifelong_moe.model.transformer import LanguageModel
+from lifelong_moe.training.ranks.sharding import shard_model
 from tests.forked import run_forked
 
 pytestmark = pytest.mark.usefixtures("forked")
@@ -52,9 +52,7 @@ def test_losses_are_those_of_one_process(
 
     def work(rank: int) -> list[float]:
         model, mesh = made(), init_device_mesh("cpu", (dist.get_world_size(),))
-        for block in model.blocks:
-            fully_shard(block, mesh=mesh, reshard_after_forward=False)
-        fully_shard(model, mesh=mesh, reshard_after_forward=False)
+        shard_model(model, mesh)
         for layer in model.moe_layers():
             layer.banks.join()  # as a stage does, which must leave sharded parameters alone
         # Each rank on the same text: the mean of their gradients is the gradient of one.

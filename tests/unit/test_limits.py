@@ -60,12 +60,15 @@ def test_a_number_may_be_what_its_limits_say(section: type, key: str, limits: tu
             section(**{**NEEDS.get(section, {}), key: value})
 
 
-@pytest.mark.parametrize("strategy", ["auto", "ddp"])
-def test_several_processes_train_on_cpu_with_ddp_only(strategy: str) -> None:
+@pytest.mark.parametrize("strategy", ["auto", "ddp", "fsdp"])
+def test_several_processes_train_on_cpu_with_ddp_or_fsdp_only(strategy: str) -> None:
     assert TrainerConfig(devices=2, strategy=strategy).processes == 2
     for refused in ({"strategy": "deepspeed"}, {"accelerator": "gpu"}, {"devices": [0, 1]}):
         with pytest.raises(ConfigError, match=r"trainer\.(strategy|devices)="):
             TrainerConfig(**{"devices": 2, "accelerator": "cpu"} | refused)
+    for unsharded in ({"precision": "bf16-mixed"}, {"compile": True}):
+        with pytest.raises(ConfigError, match=r"trainer\.strategy=fsdp does not support trainer\."):
+            TrainerConfig(devices=2, strategy="fsdp", **unsharded)
     assert TrainerConfig(devices=1, strategy="deepspeed", accelerator="gpu").processes == 1
     assert [TrainerConfig(devices=given).processes for given in ("2", "auto", "0", 1)] == [2, 1, 1, 1]
 

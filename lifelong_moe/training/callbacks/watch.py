@@ -115,7 +115,8 @@ class ForgettingWatch(Callback):
     """Logs losses and the divergence of each look, and warns of each distribution whose loss has risen.
 
     It speaks of a distribution when its loss has risen by more than noise explains, and once more when it has risen
-    twice as far. It draws no random number and changes no weight.
+    twice as far. It draws no random number and changes no weight. With a sharded model each process has to look, and
+    the first of them tells.
 
     Args:
         watched: What, and when.
@@ -136,13 +137,15 @@ class ForgettingWatch(Callback):
             self._start = Start.load(self.path, self.watched, model.architecture.num_tokens)
         except CorruptError as error:
             # Training does not depend on it, so it goes on; the line says what will be missing.
-            log.warning("stage %s: forgetting is not watched: %s", self.watched.stage, error)
+            if trainer.is_global_zero:
+                log.warning("stage %s: forgetting is not watched: %s", self.watched.stage, error)
             return
         # Here and not on the parent's model: on the same device and in the same precision as every look after it. What
         # the stage has grown changes no prediction yet.
         if self._start is None and self.first_step + trainer.global_step == 0:
             self._start = Start.of(self.watched, model)
-            self._start.save(self.path)
+            if trainer.is_global_zero:
+                self._start.save(self.path)
         if self._start is not None and self.first_step + trainer.global_step == 0:
             self._log(trainer, self._start.nats)
 
@@ -163,7 +166,8 @@ class ForgettingWatch(Callback):
             for name, one in found.items()
             if name not in watched.own
         }
-        self._warn(step, rises, kl)
+        if trainer.is_global_zero:
+            self._warn(step, rises, kl)
 
     def _log(self, trainer: Trainer, nats: Mapping[str, NDArray[np.float64]], kl: float = 0.0) -> None:
         """A point of each curve."""

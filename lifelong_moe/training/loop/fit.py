@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from lightning.pytorch import Callback
 
-from lifelong_moe.config.training import Offload
+from lifelong_moe.config.training import Offload, TrainerConfig
 from lifelong_moe.data.tokens.windows import evaluation_windows
 from lifelong_moe.errors import ResourceError, memory_is_full
 from lifelong_moe.model.offload import streamer_to
@@ -124,9 +124,8 @@ class PhaseFit:
         if outlook is not None:
             title += f", stage {outlook.place} of {outlook.stages}"
         return [
-            # In rank 0 alone: a forward pass in evaluation mode needs no other rank. Before the meter, which takes what
-            # comes after it for waiting for data.
-            *([] if self.watch is None or rank else [self.watch]),
+            # Before the meter, which takes what comes after it for waiting for data.
+            *([] if self.watch is None or not _watches(rank, config) else [self.watch]),
             self.meter,
             ProgressReport(
                 title,
@@ -184,7 +183,7 @@ def fit_in_rank(rank: int, folder: Path, here: Surroundings) -> int | None:
     if more["teacher_cache"] is not None:
         module.teacher_cache = TeacherCache(Path(more["teacher_cache"]), job.spec.model.context)
     data = StageData(in_order(text.sources, job.spec, job.phase, job.seed), job)
-    watch = None if more["watch"] is None or rank else _watch(more["watch"], text, job)
+    watch = None if more["watch"] is None or not _watches(rank, job.trainer) else _watch(more["watch"], text, job)
     # After the models, of which the user's own may have drawn.
     torch.set_rng_state(models.random_state)
     try:
@@ -194,6 +193,12 @@ def fit_in_rank(rank: int, folder: Path, here: Surroundings) -> int | None:
         # rollback needs the step.
         return error.last
     return None
+
+
+def _watches(rank: int, trainer: TrainerConfig) -> bool:
+    """Whether a rank looks at forgetting."""
+    # A forward pass in evaluation mode needs no other rank, unless they hold the rest of the model.
+    return rank == 0 or trainer.is_sharded
 
 
 def _watch_plain(watch: ForgettingWatch) -> Plain:

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterable
-from contextlib import AbstractContextManager
+from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from itertools import chain
 from typing import Any, Literal, TypedDict
@@ -16,6 +16,7 @@ from typing import Any, Literal, TypedDict
 import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from lifelong_moe.errors import CorruptError
@@ -23,6 +24,7 @@ from lifelong_moe.model.deltas import join_changes, part_changes
 from lifelong_moe.model.offload import WeightStreamer, offloaded
 from lifelong_moe.model.tokens import TokenBatch
 from lifelong_moe.model.transformer import LanguageModel, ModelOutput
+from lifelong_moe.ops.collectives import sum_over_ranks
 from lifelong_moe.ops.losses import TeacherTargets, distillation_loss, linear_losses
 from lifelong_moe.plan.phase import Phase, Trains
 from lifelong_moe.plan.spec import StageSpec
@@ -69,7 +71,8 @@ class StageModule(LightningModule):
         self.phase = phase
         self.frozen = {f"model.{name}" for name in model.stored_names(trained=False)}
         """Names of the tensors that the stage freezes; a phase may freeze more for its length."""
-        self._own = [p for p in model.parameters() if p.requires_grad]
+        # By name: a process that keeps a part of the model must not hold on to the whole.
+        self._own = [name for name, p in model.named_parameters() if p.requires_grad]
         # In a tuple, so that it is no submodule: not saved, not trained, not counted.
         self._teacher = (teacher,)
         # Expert dropout draws other units for the student, so its lower blocks differ from the teacher's.
@@ -94,8 +97,10 @@ class StageModule(LightningModule):
 
     def offloaded(self, streamer: WeightStreamer | None) -> AbstractContextManager[None]:
         """Context in which frozen experts, also the teacher's, are on the device only while they compute."""
+        if streamer is None:
+            return nullcontext()
         models = [model for model in (self.model, *self._teacher) if model is not None]
-        return offloaded(models, self._own, streamer)
+        return offloaded(models, [self.model.get_parameter(name) for name in self._own], streamer)
 
     @property
     def teacher(self) -> LanguageModel | None:
@@ -253,7 +258,7 @@ class StageModule(LightningModule):
         """
         # Lightning calls this once a step, on the accumulated and all-reduced gradient: the place for a verdict on it.
         parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm(_matrices(p.grad for p in parameters if p.grad is not None))
+        norm = _total_norm([p.grad for p in parameters if p.grad is not None])
         # The step's only transfer from the device; everything on the host waits for it.
         self.grad_norm = self.means.finish_step(norm)
         loss = self.means.values.get("loss")  # absent in a step of prompts alone
@@ -322,6 +327,14 @@ def router_losses(routings: list[Routing]) -> dict[str, tuple[Tensor, Tensor]]:
         )
         for name, found in losses.items()
     }
+
+
+def _total_norm(gradients: Sequence[Tensor]) -> Tensor:
+    """Norm of all gradients, the same on each process, also where each process has a part of every gradient."""
+    local = [gradient.to_local() if isinstance(gradient, DTensor) else gradient for gradient in gradients]
+    norm = torch.nn.utils.get_total_norm(_matrices(local))
+    is_sharded = any(isinstance(gradient, DTensor) for gradient in gradients)
+    return sum_over_ranks(norm.square()).sqrt() if is_sharded else norm
 
 
 def _matrices(gradients: Iterable[Tensor]) -> list[Tensor]:

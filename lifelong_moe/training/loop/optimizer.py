@@ -90,14 +90,16 @@ def training_only(model: LanguageModel, parameters: Iterable[nn.Parameter]) -> I
     """Context in which only these parameters have gradients."""
     # By identity: tied weights are one parameter under two names.
     chosen = {id(p) for p in parameters}
-    others = [p for p in model.parameters() if p.requires_grad and id(p) not in chosen]
-    for parameter in others:
-        parameter.requires_grad_(False)
+    others = [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in chosen]
+    # Nothing here keeps a parameter: a process that is left a part of each must not hold on to the whole.
+    del parameters, chosen
+    for name in others:
+        model.get_parameter(name).requires_grad_(False)
     try:
         yield
     finally:
-        for parameter in others:
-            parameter.requires_grad_(True)
+        for name in others:
+            model.get_parameter(name).requires_grad_(True)
 
 
 def parameter_rates(model: LanguageModel, spec: StageSpec, phase: Phase) -> dict[str, Rate]:

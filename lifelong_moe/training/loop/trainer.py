@@ -18,6 +18,7 @@ from lifelong_moe.errors import ConfigError
 from lifelong_moe.training.callbacks.checkpoint import SafeCheckpointIO
 from lifelong_moe.training.callbacks.own import build_own
 from lifelong_moe.training.loop.device import rounds_products
+from lifelong_moe.training.ranks.sharding import ShardedStrategy
 
 
 def build_trainer(
@@ -86,8 +87,11 @@ def own_loggers(config: TrainerConfig) -> list[Logger]:
 def _strategy(config: TrainerConfig) -> tuple[str | DDPStrategy, list[CheckpointIO | ClusterEnvironment]]:
     """Lightning's strategy and plugins for the configured number of processes."""
     if config.processes == 1:
-        return "auto" if config.strategy == "ddp" else config.strategy, [SafeCheckpointIO()]
+        return "auto" if config.strategy in ("ddp", "fsdp") else config.strategy, [SafeCheckpointIO()]
+    # With LOCAL_RANK set, this environment makes Lightning join the ranks that run_ranks starts, and start none.
+    plugins: list[CheckpointIO | ClusterEnvironment] = [SafeCheckpointIO(), LightningEnvironment()]
+    if config.strategy == "fsdp":
+        return ShardedStrategy(process_group_backend="gloo"), plugins
     # Unused parameters: a rank may have no token for an expert or a generation. Buffers do not change in training.
     strategy = DDPStrategy(process_group_backend="gloo", find_unused_parameters=True, forward_sync_buffers=False)
-    # With LOCAL_RANK set, this environment makes Lightning join the ranks that run_ranks starts, and start none.
-    return strategy, [SafeCheckpointIO(), LightningEnvironment()]
+    return strategy, plugins

@@ -43,6 +43,8 @@ def test_precision_micro_batches_and_processes(make_run: MakeRun) -> None:
     two = needs(make_run("trainer.devices=2", "trainer.num_workers=3"))[0]
     assert (two.training, two.activations) == (2 * plain.training, plain.activations)
     assert two.loaders == 6 * LOADER_BYTES
+    sharded = needs(make_run("trainer.devices=2", "trainer.strategy=fsdp"))[0]
+    assert (sharded.weights, sharded.training) == (plain.weights, plain.training)
     again = needs(make_run("trainer.activation_checkpointing=true"))[0]
     assert again.activations == 4 * 64 * 2 * 16
 

@@ -42,7 +42,9 @@ class Stage:
         self.watch = ForgettingWatch(Watched(stage="three", own=("czech",), steps=20, **given), first_step, path)
         self.model, self.points = model, list[Row]()
         logger = SimpleNamespace(log_metrics=lambda found, step: self.points.append((step, found)))
-        self.trainer: Any = SimpleNamespace(global_step=0, accumulate_grad_batches=2, loggers=[logger])
+        self.trainer: Any = SimpleNamespace(
+            global_step=0, accumulate_grad_batches=2, loggers=[logger], is_global_zero=True
+        )
         self.module: Any = SimpleNamespace(model=model)
 
     def begin(self, step: int = 0) -> None:

@@ -1,0 +1,217 @@
+"""Ranks that each hold a part of the model, its gradients and its optimizer state: FSDP2 as a Lightning strategy.
+
+Each block is gathered when it computes and let go afterwards. Step checkpoints are those of DDP: rank 0 gathers what
+trains, tensor by tensor, so that any number of processes, with or without shards, continues.
+
+Experts are computed as in one process. ``grouped_mm`` copies the weights of several generations into one tensor, since
+those of shards are never laid side by side.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any, cast
+
+import torch
+import torch.distributed as dist
+from lightning.pytorch.strategies import DDPStrategy
+from torch import Tensor, nn
+from torch.autograd import Variable
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+from torch.optim import Optimizer
+
+from lifelong_moe.errors import ConfigError
+from lifelong_moe.model.transformer import LanguageModel
+
+
+def shard_model(model: LanguageModel, mesh: DeviceMesh) -> None:
+    """Leave each process its part of each parameter; a forward pass gathers them block by block.
+
+    What is outside of blocks stays whole from the forward pass to the end of the backward pass, since losses read the
+    head outside of ``forward``.
+
+    Raises:
+        ConfigError: If a parameter has no dimension, which the user's own router may have.
+    """
+    if scalar := next((name for name, parameter in model.named_parameters() if not parameter.dim()), None):
+        raise ConfigError(f"trainer.strategy=fsdp cannot divide the scalar {scalar}; give it shape (1,).")
+    for parameter in model.parameters():
+        # Of a layer that did not grow: nothing of it trains, and FSDP cannot reduce a gradient without numbers.
+        if not parameter.numel():
+            parameter.requires_grad_(False)
+    place = partial(_placement, ranks=mesh.size())
+    for block in model.blocks:
+        fully_shard(block, mesh=mesh, shard_placement_fn=place)
+    fully_shard(model, mesh=mesh, reshard_after_forward=False, shard_placement_fn=place)
+
+
+def _placement(parameter: nn.Parameter, ranks: int) -> Shard | None:
+    """A dimension of each expert's matrix, so that a generation of few experts is divided evenly, too."""
+    # Elsewhere, and where no such dimension can be divided evenly, FSDP divides rows, or whole experts. A generation
+    # without experts in a layer is empty.
+    dims = (1, 2) if parameter.dim() == 3 and parameter.numel() else ()
+    return next((Shard(dim) for dim in dims if parameter.shape[dim] % ranks == 0), None)
+
+
+class _Boundary(torch.autograd.Function):
+    """Acts in the backward pass once everything after it is done, and computes nothing."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, act: Callable[[], None]) -> Tensor:
+        ctx.act = act
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        ctx.act()
+        return grad, None
+
+
+def _with_gradient(block: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+    """Let the block's input need a gradient, before FSDP looks at it."""
+    # Ranks send in the order in which blocks end their backward passes. It would be another one on a rank that uses
+    # nothing that trains in the block, or below it.
+    x_BSD: Tensor = args[0]
+    if x_BSD.requires_grad or not torch.is_grad_enabled():
+        return None
+    return x_BSD.detach().requires_grad_(), *args[1:]
+
+
+class UnusedParameters:
+    """Lets ranks reduce the same gradients, though each has not used some parameters, such as another text's changes.
+
+    FSDP reduces what a rank has, and ranks that have different gradients would add up what does not belong together.
+    What no rank has used gets no gradient, as in one process, where the optimizer passes it over.
+
+    Args:
+        model: Sharded.
+    """
+
+    def __init__(self, model: LanguageModel) -> None:
+        self._parameters: list[nn.Parameter] = []
+        """Sharded, those that train."""
+        self._places: list[tuple[nn.Module, str]] = []
+        """Module and name of each, where it is found whole while its block computes."""
+        known: set[nn.Parameter] = set()
+        embeds = any(parameter.requires_grad for parameter in model.embedding.parameters())
+        for block in (*model.blocks, model):
+            first = len(self._places)
+            for module in block.modules():
+                for name, parameter in module._parameters.items():
+                    if parameter is not None and parameter.requires_grad and parameter not in known:
+                        known.add(parameter)
+                        self._parameters.append(parameter)
+                        self._places.append((module, name))
+            here = range(first, len(self._places))
+            if block is model:
+                self._outside = here
+            elif here:
+                block.register_forward_pre_hook(partial(self._before, here))
+            if block is not model and (here or (block is model.blocks[0] and embeds)):
+                block.register_forward_pre_hook(_with_gradient, prepend=True)
+        self._missing = torch.zeros(len(self._places), device=self._parameters[0].device)
+        self._had_none: list[bool] = []
+
+    def begin(self, loss: Tensor) -> None:
+        """Prepare a backward pass from a loss."""
+        self._missing.zero_()
+        self._had_none = [parameter.grad is None for parameter in self._parameters]
+        # Queued first, hence called before FSDP reduces what is outside of blocks.
+        loss.register_hook(lambda _: Variable._execution_engine.queue_callback(partial(self._fill, self._outside)))
+
+    def end(self) -> None:
+        """Take the gradient from parameters that no rank has used."""
+        dist.all_reduce(self._missing)
+        unused = (self._missing == dist.get_world_size()).tolist()
+        for parameter, had_none, is_unused in zip(self._parameters, self._had_none, unused, strict=True):
+            if had_none and is_unused:
+                parameter.grad = None
+
+    def _before(self, here: range, block: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        if not torch.is_grad_enabled():
+            return None
+        return _Boundary.apply(args[0], partial(self._fill, here)), *args[1:]
+
+    def _fill(self, here: range) -> None:
+        """Give parameters without a gradient one of zero, and remember them."""
+        for place in here:
+            module, name = self._places[place]
+            whole = module._parameters[name]
+            if whole is not None and whole.grad is None:
+                whole.grad = torch.zeros_like(whole)
+                self._missing[place] = 1
+
+
+class ShardedStrategy(DDPStrategy):
+    """Lightning's DDP with a sharded model in place of DDP's wrapper; checkpoints pass through ``CheckpointIO``.
+
+    Lightning's own ``ModelParallelStrategy`` writes and reads them with pickle.
+    """
+
+    def configure_ddp(self) -> None:
+        """Shard the model, whose weights are those of the checkpoint by then."""
+        shard_model(self._sharded, init_device_mesh(self.root_device.type, (self.world_size,)))
+        self._unused = UnusedParameters(self._sharded)
+
+    @property
+    def _sharded(self) -> LanguageModel:
+        return cast(LanguageModel, cast(Any, self.lightning_module).model)
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Any:
+        """A micro-batch's losses."""
+        with warnings.catch_warnings():
+            # The input of a block may be a view of the embedding's output; nothing writes into what a model returns.
+            warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
+            return super().training_step(*args, **kwargs)
+
+    def pre_backward(self, closure_loss: Tensor) -> None:
+        """Prepare the backward pass."""
+        self._unused.begin(closure_loss)
+
+    def post_backward(self, closure_loss: Tensor) -> None:
+        """Take back gradients of zero that no rank needs."""
+        self._unused.end()
+
+    def lightning_module_state_dict(self) -> dict[str, Tensor]:
+        """What trains, whole on rank 0; frozen tensors are not gathered, since no checkpoint holds them."""
+        module: Any = self.lightning_module
+        return {name: self._gathered(one) for name, one in module.state_dict().items() if name not in module.frozen}
+
+    def optimizer_state(self, optimizer: Optimizer) -> Any:
+        """An optimizer's state, whole on rank 0."""
+        state: Any = super().optimizer_state(optimizer)
+        moments = {
+            number: {name: self._gathered(value) for name, value in one.items()}
+            for number, one in state["state"].items()
+        }
+        return {**state, "state": moments}
+
+    def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
+        """Give each rank its part of whole states."""
+        states = []
+        for optimizer, state in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
+            parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+            moments = {number: _divided(one, parameters, number) for number, one in state["state"].items()}
+            states.append({**state, "state": moments})
+        super().load_optimizer_state_dict({**checkpoint, "optimizer_states": states})
+
+    def _gathered(self, value: Any) -> Any:
+        if not isinstance(value, DTensor):
+            return value
+        whole = value.full_tensor()
+        # One tensor at a time is whole on the others, which write nothing.
+        return whole if self.is_global_zero else whole.new_empty(0)
+
+
+def _divided(moments: Mapping[str, Any], parameters: Sequence[nn.Parameter], number: int) -> Mapping[str, Any]:
+    """A parameter's optimizer state, divided as the parameter is; its count of steps stays whole."""
+    like = parameters[number]
+    if not isinstance(like, DTensor):
+        return moments
+    # All ranks have read the file: none has to send.
+    share = partial(distribute_tensor, device_mesh=like.device_mesh, placements=like.placements, src_data_rank=None)
+    return {name: value if name == "step" else share(value) for name, value in moments.items()}
