@@ -184,8 +184,10 @@ class _Rank:
                     here.send([(key, value, step) for key, value, step in rows])
                     self.pipe.send_bytes(b"told")
                 case {"text": text}:
-                    here.console.file.write(text)
-                    here.console.file.flush()
+                    # A rank renders its text itself, and knows nothing of a quiet console.
+                    if not here.console.quiet:
+                        here.console.file.write(text)
+                        here.console.file.flush()
                 case {"log": [name, level, text]}:
                     # Whether it is heard, this process decides, as of its own.
                     logging.getLogger(name).log(level, "%s", text)

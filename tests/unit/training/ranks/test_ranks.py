@@ -81,6 +81,15 @@ def test_what_a_rank_says_comes_out_here(caplog: pytest.LogCaptureFixture) -> No
     assert heard.outcome == {"result": 5}
 
 
+def test_a_quiet_console_hears_no_words_of_a_rank() -> None:
+    printed = io.StringIO()
+    here = Surroundings(Interrupt(), list[Any]().extend, Console(file=printed, quiet=True))
+    ours, theirs = Pipe()
+    rank._Pipe(os.dup(theirs.fileno())).tell({"text": "a stage: step 3"})
+    _Rank.listen(SimpleNamespace(pipe=ours), here)  # type: ignore[arg-type]
+    assert printed.getvalue() == ""
+
+
 def ended(number: int, outcome: dict[str, Any] | None = None, code: int = 0, killed: bool = False) -> Any:
     return SimpleNamespace(rank=number, number=3, outcome=outcome or {}, code=code, killed=killed)
 
