@@ -193,10 +193,16 @@ REAL_MEMORY = {
     "measured": ("largest resident size of the process, MB", "{:,.0f}"),
 }
 SMOLLM2 = ("naive", "naive_gentle", "naive_gentlest", "low_rank", "changes", "whole")
+REAL_TASKS = (
+    {"what": ("", "{}")}
+    | {name: (name, "{}") for name in ("english_docs", "python_code", "cpp_headers")}
+    | {"minutes": ("processor minutes", "{:.0f}")}
+)
 REAL_STREAM = {"what": ("", "{}")} | {name: (name, "{:.3f}") for name in ("german", "spanish", "french", "english")}
 TABLES: dict[str, Callable[[], list[str]]] = {
     "real-stream": partial(listed, REAL["stream"], REAL_STREAM),
     "real-arms": partial(kinds.learned_and_kept, "results/smollm2", SMOLLM2),
+    "real-tasks": partial(listed, read("results/real_tasks"), REAL_TASKS),
     "real-again": partial(kinds.learned_and_kept, "results/smollm2_again", ["naive_gentlest", "low_rank"]),
     "real-same": partial(listed, REAL["same"], REAL_SAME),
     "real-reading": partial(listed, REAL["reading"], REAL_READING),

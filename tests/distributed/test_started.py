@@ -58,7 +58,9 @@ def comes(what: Callable[[], bool]) -> bool:
     return what()
 
 
-def test_a_phase_handed_over_ends_in_the_bits_of_one_in_memory(lab: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_phase_handed_over_ends_in_the_bits_of_one_in_memory(
+    lab: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
     with monkeypatch.context() as patch:
         in_memory(patch)
         train(configure(stages=("fruit", "code")))
@@ -69,6 +71,8 @@ def test_a_phase_handed_over_ends_in_the_bits_of_one_in_memory(lab: Path, monkey
     noted = json.loads(Path("noted-1.json").read_text())
     assert noted["threads"] == 1 and noted["pid"] != os.getpid() and gone(noted["pid"])
     assert not {"mlflow", "datasets", "faiss", "pipelines"} & set(noted["modules"])
+    # What Lightning tells developers comes by the pipe, and this process decides who hears it.
+    assert "GPU available" not in capfd.readouterr().err
     assert hashes() == expected
 
 

@@ -94,6 +94,11 @@ def _meeting(meeting: Sequence[Any] | None, folder: Path, number: int, limit: ti
 def _work(entry: str) -> Work:
     module, _, name = entry.partition(":")
     work: Work = getattr(import_module(module), name)
+    # Lightning's import sets up handlers of its own, which would write past the main process.
+    import_module("lightning.pytorch")
+    for known in ("lightning", "lightning.pytorch", "lightning.fabric"):
+        log = logging.getLogger(known)
+        log.handlers, log.propagate = [], True
     return work
 
 
@@ -165,6 +170,7 @@ def _prepare(rank: int, parent: int, pipe: _Pipe) -> None:
     logging.getLogger().handlers = [_Relay(pipe)]
     if rank > 0:
         logging.disable(logging.WARNING)  # rank 0 says the same
+        warnings.showwarning = lambda *_, **__: None
         return
 
     def show(
