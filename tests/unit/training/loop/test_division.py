@@ -90,7 +90,9 @@ def test_a_step_is_the_same_however_it_is_divided(make_run: MakeRun, make_model:
         for name, grad in gradient.items():
             torch.testing.assert_close(watch.gradient[name], grad, rtol=1e-9, atol=1e-12)
         expected = {name: pytest.approx(float(value), rel=1e-9) for name, value in curves.items()}
-        assert watch.curves[0] == expected | {"imbalance": watch.curves[0]["imbalance"]}
+        norm = float(torch.nn.utils.get_total_norm(gradient.values()))
+        known = {"imbalance": watch.curves[0]["imbalance"], "grad_norm": pytest.approx(norm, rel=1e-9)}
+        assert watch.curves[0] == expected | known
         runs.append((weights, watch.curves))
     for weights, seen in runs[1:]:
         for name, tensor in runs[0][0].items():
