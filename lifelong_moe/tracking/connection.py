@@ -65,9 +65,14 @@ def sqlite_path(uri: str) -> Path | None:
     """
     if _scheme(uri) != "sqlite":
         return None
-    from sqlalchemy.engine import make_url
+    start, _, rest = uri.partition(":///")
+    if start == "sqlite" and not {"?", "%"} & set(rest):
+        # As SQLAlchemy reads it, whose import takes longer than many commands.
+        database: str | None = rest
+    else:
+        from sqlalchemy.engine import make_url
 
-    database = make_url(uri).database
+        database = make_url(uri).database
     return Path(database) if database and database != ":memory:" else None
 
 

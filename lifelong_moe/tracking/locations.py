@@ -11,12 +11,15 @@ import os
 import re
 import sqlite3
 import time
-from contextlib import closing
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
 from pathlib import Path
+from urllib.parse import urlparse
+from urllib.request import url2pathname
 
 from lifelong_moe.errors import one_line
 from lifelong_moe.store.pointer import ARTIFACTS
-from lifelong_moe.tracking.connection import sqlite_path
+from lifelong_moe.tracking.connection import PROBE_SECONDS, sqlite_path
 from lifelong_moe.tracking.spool import RefusedError
 
 READ_SECONDS = 10.0
@@ -67,8 +70,7 @@ def keep_artifacts_within(uri: str, root: Path) -> None:
         return
     # What is not our user's to change may still be read, as long as nothing has to move.
     with closing(sqlite3.connect(path, timeout=READ_SECONDS)) as connection:
-        deadline = time.monotonic() + READ_SECONDS
-        connection.set_progress_handler(lambda: time.monotonic() > deadline, 100_000)
+        _limit(connection)
         _require_schema(connection)
         for (table, column), folders in LOCATIONS.items():
             outside = _outside(connection, table, column, root)
@@ -77,6 +79,36 @@ def keep_artifacts_within(uri: str, root: Path) -> None:
                 connection.executemany(f"UPDATE {table} SET {column} = ? WHERE {column} = ?", moved)
             for row, location in _outside(connection, table, column, root) if outside else ():
                 raise _refusal(f"row {row} of its {table} has the {column}", location, root)
+
+
+@contextmanager
+def reading(path: Path) -> Iterator[sqlite3.Connection]:
+    """Context in which a database can be read for a few seconds, but not written.
+
+    Raises:
+        sqlite3.Error: If it is none, or another process writes all the while.
+    """
+    # Read-only, SQLite neither creates a file nor finishes what a killed process was writing.
+    address = f"{path.absolute().as_uri()}?mode=ro"
+    with closing(sqlite3.connect(address, uri=True, timeout=PROBE_SECONDS / 2)) as connection:
+        _limit(connection)
+        yield connection
+
+
+def _limit(connection: sqlite3.Connection) -> None:
+    deadline = time.monotonic() + READ_SECONDS
+    connection.set_progress_handler(lambda: time.monotonic() > deadline, 100_000)
+
+
+def nothing_to_move(path: Path, root: Path) -> bool:
+    """Whether :func:`keep_artifacts_within` would leave a store's own database as it is; without MLflow.
+
+    Raises:
+        RefusedError, sqlite3.Error: As there.
+    """
+    with reading(path) as connection:
+        _require_schema(connection)
+        return not any(_outside(connection, table, column, root) for table, column in LOCATIONS)
 
 
 def require_within(uri: str, root: Path, location: str) -> None:
@@ -158,9 +190,9 @@ def _moved(location: str, root: Path, folders: str) -> str | None:
 
 def _local(location: str) -> str | None:
     """The path of a location on this machine, if everybody who parses it reads the same; None for any other."""
-    from mlflow.utils.file_utils import local_file_uri_to_path
-
     found = _LOCAL.fullmatch(location)
     if found is None:
         return None
-    return found[1] if os.path.normpath(found[1]) == found[1] == local_file_uri_to_path(location) else None
+    # As MLflow's `local_file_uri_to_path`, whose import would take seconds.
+    theirs = url2pathname(urlparse(location).path if location.startswith("file:") else location)
+    return found[1] if os.path.normpath(found[1]) == found[1] == theirs else None

@@ -1,6 +1,7 @@
 """Perform operations in MLflow, or keep them in the spool: a failure of MLflow never stops a training.
 
-The next start or ``lifelong-moe sync`` delivers the spool. Once spooling, a process goes on spooling.
+The next start or ``lifelong-moe sync`` delivers the spool. Once spooling, a process goes on spooling. MLflow is
+imported only when something is to be recorded, or its database cannot tell that all is there.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from lifelong_moe.tracking.connection import (
     probe,
     resolve_uri,
 )
+from lifelong_moe.tracking.database import Recorded, RecordedRun, recorded
 from lifelong_moe.tracking.failures import failures, reason_of, unusable
 from lifelong_moe.tracking.spool import SPOOL, Operation, RefusedError, Spool
 from lifelong_moe.tracking.store import Store
@@ -45,7 +47,10 @@ class Recorder:
     def __init__(self, experiment: str, uri: str, spool: Spool | None, problem: str | None) -> None:
         """Use :meth:`connect` instead."""
         self._experiment, self._uri, self._spool, self.problem = experiment, uri, spool, problem
-        self._store: Store | None = None
+        self._opened: Store | None = None
+        self._root: Path | None = None
+        self._recorded: Recorded | None = None
+        """The database that answers until MLflow is needed."""
         self._port = links.PORT
 
     @classmethod
@@ -69,10 +74,34 @@ class Recorder:
             return cls(config.experiment, "", None, problem)
         prepare_environment()
         note_address(uri)
-        recorder = cls(config.experiment, uri, Spool(root, uri), None)
-        if (failed := probe(uri) or recorder._open(root)) is not None:
-            recorder._use_spool("is not usable", unusable(uri, failed))
+        spool = Spool(root, uri)
+        recorder = cls(config.experiment, uri, spool, None)
+        recorder._root, recorder._port = root, links.served_port(root)
+        if spool.empty:
+            recorder._recorded = recorded(uri, root, config.experiment)
+        if recorder._recorded is None:
+            recorder._reach(root)
         return recorder
+
+    def _reach(self, root: Path) -> None:
+        """Open the store by MLflow, or use the spool from now on."""
+        if (failed := probe(self._uri) or self._open(root)) is not None:
+            self._use_spool("is not usable", unusable(self._uri, failed))
+
+    @property
+    def _store(self) -> Store | None:
+        """The store, which is opened when it is first needed."""
+        if self._recorded is not None:
+            assert self._root is not None
+            self._recorded = None
+            self._reach(self._root)
+            if self.problem is not None:
+                log.warning(self.problem)
+        return self._opened
+
+    def _find(self, run_id: str) -> RecordedRun | None:
+        """A run, if it is found without MLflow."""
+        return None if self._recorded is None else self._recorded.find(run_id)
 
     @classmethod
     def owes(cls, config: TrackingConfig, root: Path) -> bool:
@@ -92,18 +121,18 @@ class Recorder:
             return reason_of(error, self._uri)
         except ImportError as error:  # the database's driver is not installed
             return str(error)
-        self._store, self._port = store, links.served_port(root)
+        self._opened = store
         return None
 
     @property
     def active(self) -> bool:
         """Whether anything is recorded, in MLflow or in the spool."""
-        return self._store is not None or self._spool is not None
+        return self.connected or self._spool is not None
 
     @property
     def connected(self) -> bool:
         """Whether records go to MLflow itself, not to the spool."""
-        return self._store is not None
+        return self._recorded is not None or self._opened is not None
 
     @property
     def experiment_id(self) -> str | None:
@@ -124,6 +153,8 @@ class Recorder:
             Whether this store has the run and it is not deleted; always True while records go to the spool, and False
             if nothing is recorded.
         """
+        if self._find(run_id) is not None:
+            return True
         if self._store is not None:
             try:
                 return self._store.find(run_id) is not None
@@ -131,6 +162,15 @@ class Recorder:
                 self._fail(error)
         # Without MLflow nobody can tell; a run taken to exist is resumed, never created twice.
         return self.active
+
+    def has_ended(self, run_id: str) -> bool:
+        """Whether a run is there and finished; False too if that takes MLflow to find out."""
+        found = self._find(run_id)
+        return found is not None and found.finished
+
+    def version_with_alias(self, name: str, stage_key: str, alias: str) -> str | None:
+        """The number of a stage's version if it has an alias; None too if that takes MLflow to find out."""
+        return None if self._recorded is None else self._recorded.version_with_alias(name, stage_key, alias)
 
     def has_model(self, name: str) -> bool:
         """Whether MLflow's registry has a model; False while MLflow is unavailable."""
@@ -151,16 +191,20 @@ class Recorder:
         Returns:
             The link; empty while MLflow is unavailable.
         """
-        if self._store is None:
-            return ""
+        search = None if tag is None else f"tags.{tag[0]}='{tag[1]}'"
+        found = None if run_id is None else self._find(run_id)
+        if found is not None:
+            search = f"attributes.run_id='{found.run_id}'"
         try:
-            search = None if tag is None else f"tags.{tag[0]}='{tag[1]}'"
-            if run_id is not None:
+            if run_id is not None and found is None:
+                if self._store is None:
+                    return ""
                 search = f"attributes.run_id='{self._store.resolve(run_id)}'"
-            return links.ui_url(self._uri, self._store.experiment_id(self._experiment), search, order, self._port)
+            number = self._recorded.experiment_id if self._recorded is not None else self.experiment_id
         except failures() as error:
             self._fail(error)
             return ""
+        return "" if number is None else links.ui_url(self._uri, number, search, order, self._port)
 
     @property
     def starting(self) -> str:
@@ -169,6 +213,8 @@ class Recorder:
 
     def run_page(self, run_id: str) -> str:
         """Address of a run's page, for notes of other runs; empty if MLflow is unavailable or has no such run."""
+        if (found := self._find(run_id)) is not None:
+            return links.run_page(found.experiment_id, found.run_id)
         try:
             run = None if self._store is None else self._store.find(run_id)
         except failures() as error:
@@ -201,7 +247,7 @@ class Recorder:
     def _use_spool(self, how: str, reason: str) -> None:
         """Record in the spool from now on."""
         # For good: back in MLflow, later operations would overtake those in the spool.
-        self._store = None
+        self._opened = self._recorded = None
         self.problem = (
             f"MLflow at {shown_address(self._uri)} {how}, so records are kept under mlruns/{SPOOL} until the "
             f"next run or `lifelong-moe sync` delivers them: {reason}"

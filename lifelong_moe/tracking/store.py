@@ -15,7 +15,7 @@ from lifelong_moe.redaction import is_web
 from lifelong_moe.storage.keys import SHORT
 from lifelong_moe.store.pointer import ARTIFACTS
 from lifelong_moe.store.stages import StageStore
-from lifelong_moe.tracking.database import ensure_database
+from lifelong_moe.tracking.database import KIND, LOCAL_ID_TAG, ensure_database
 from lifelong_moe.tracking.failures import reason_of
 from lifelong_moe.tracking.locations import keep_artifacts_within, require_within
 from lifelong_moe.tracking.operations import LOCAL_PREFIX, MODEL_PREFIX, require_ours
@@ -41,10 +41,6 @@ PARAMS_PER_BATCH = 100
 DIGEST_CHARACTERS = 36
 SOURCE = "lifelong-moe"
 """Tag ``mlflow.source.name`` of every run."""
-LOCAL_ID_TAG = "lifelong.local_id"
-"""Tag of every run: the id by which its caller knew it before MLflow gave it one."""
-KIND = {"mlflow.experimentKind": "custom_model_development"}
-"""Tag of every experiment, by which MLflow's page opens on model training and not on its side for agents."""
 
 _ABSENT = "RESOURCE_DOES_NOT_EXIST"
 _EXISTS = "RESOURCE_ALREADY_EXISTS"

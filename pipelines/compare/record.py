@@ -21,7 +21,7 @@ from lifelong_moe.storage.keys import content_key
 from lifelong_moe.tracking.operations import local_id
 from lifelong_moe.tracking.tracker import Tracker
 from pipelines.compare import render as render_comparison
-from pipelines.compare.head import ComparisonMlflow, head_to_change
+from pipelines.compare.head import ComparisonHead, ComparisonMlflow, head_to_change
 from pipelines.compare.jobs import Job
 from pipelines.compare.numbers import MEANS, log_means, log_progress, log_runs
 from pipelines.run.compared import COMPARISON, Compared
@@ -48,15 +48,30 @@ class ComparisonRecord:
     def __init__(self, comparison: Comparison, jobs: list[Job], tracker: Tracker) -> None:
         self.comparison, self.jobs, self.tracker = comparison, jobs, tracker
         self.path = ROOT / "comparisons" / comparison.settings.compare
+        self._begun = False
+        """Whether the parent run was started, and is to be ended."""
         # Persist the id before MLflow hears of it, so a process killed in between resumes the same parent run.
         with head_to_change(self.path) as head:
             if self.tracker.active and head.mlflow.run is None:
                 head.mlflow.run = local_id()
         # Started under the lock, so that of several processes one creates the run and the others resume it.
         with head_to_change(self.path) as head:
-            self.parent = head.mlflow.run = self._start(head.mlflow.run)
+            self.parent = head.mlflow.run if self._is_told(head) else self._start(head.mlflow.run)
+            if self.parent != head.mlflow.run:
+                # A new run, as when the old one was deleted, shows nothing yet.
+                head.mlflow.content = None
+            head.mlflow.run = self.parent
+
+    def _is_told(self, head: ComparisonHead) -> bool:
+        """Whether MLflow shows all of the comparison, and the run that shows it has ended."""
+        reports = {job.run: report for job in self.jobs if (report := job.report())}
+        known = head.mlflow.run
+        if known is None or len(reports) < len(self.jobs) or not self.tracker.has_ended(known):
+            return False
+        return head.mlflow.content == content_key([RECORD, self._compare(reports, {})])
 
     def _start(self, known: str | None) -> str | None:
+        self._begun = True
         settings = self.comparison.settings
         params = {
             "base": settings.base,
@@ -161,7 +176,8 @@ class ComparisonRecord:
 
     def finish(self, console: Console, error: BaseException | None = None) -> None:
         """End the parent run, as failed if there is an error, and print where the results are."""
-        self.tracker.finish(self.parent, error)
+        if self._begun:
+            self.tracker.finish(self.parent, error)
         console.print(f"Comparison: {self.path / 'comparison.md'}, comparison.json and figures/")
         name = self.comparison.settings.compare
         if self.parent and (link := self.tracker.ui_url(tag=(COMPARISON, name), order=ARM)):

@@ -88,6 +88,8 @@ def show_champion(head: RunHead, tracker: Tracker, *, registers: bool = True) ->
     key, model = head.plan[-1], model_name(head)
     run_id = next((run for run in known if tracker.run_exists(run)), None)
     manifest = next((ROOT / "stages").glob(f"*-{key[:SHORT]}/manifest.json"), None)
+    if run_id is not None and manifest is not None and tracker.version_with_alias(model, key, "champion") is not None:
+        return None
     if run_id is None or manifest is None:
         missing = "MLflow has no record of the run" if run_id is None else f"stage {key[:SHORT]} is not in the store"
         return f"MLflow's alias champion of {model} is unchanged: {missing}."

@@ -5,15 +5,19 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+import sqlite3
 import subprocess
 import sys
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 HEAVY = (
-    "torch", "torch._dynamo", "lightning", "pytorch_lightning", "mlflow", "faiss", "sklearn", "scipy", "scipy.stats",
+    "torch", "torch._dynamo", "lightning", "pytorch_lightning", "mlflow", "sqlalchemy", "faiss", "sklearn",
+    "scipy", "scipy.stats",
     "scipy.sparse", "transformers", "datasets", "tokenizers", "matplotlib", "pandas", "pyarrow",
 )  # fmt: skip
 ASK = """
@@ -89,6 +93,84 @@ def test_what_trains_nothing_needs_torch_alone(
     (answer,) = ask(tuple(command.split()))
     # Lightning with all that it imports takes longer than torch, and a finished run needs none of it.
     assert answer["code"] == 0 and answer["heavy"] == sorted(["torch", *needs]), answer
+
+
+MLFLOW = Path("mlruns/mlflow.db")
+RUN, COMPARE = ("run", "tiny.yaml"), ("compare", "compare.yaml")
+ALIAS = "SELECT name, alias FROM registered_model_aliases"
+VERSION = "SELECT version FROM registered_model_aliases"
+UNFINISHED = "SELECT name FROM runs WHERE status <> 'FINISHED' AND lifecycle_stage = 'active'"
+PARENTS = "SELECT name FROM runs WHERE lifecycle_stage = 'active' AND name IN ('tiny', 'c') ORDER BY name"
+
+
+def execute(*statements: str) -> list[Any]:
+    """The rows of the last statement to MLflow's database."""
+    with closing(sqlite3.connect(MLFLOW)) as connection, connection:
+        return [connection.execute(one).fetchall() for one in statements][-1]
+
+
+@pytest.fixture(scope="module")
+def tracked_once(trained_once: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory in which a run and a comparison are finished, and recorded in the store's own database."""
+    root = tmp_path_factory.mktemp("tracked") / "lab"
+    shutil.copytree(trained_once, root)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(root)
+        config = yaml.safe_load(Path("tiny.yaml").read_text())
+        Path("tiny.yaml").write_text(yaml.safe_dump(config | {"tracking": {"enabled": True}}))
+        arms = {"ours": [], "naive": ["method=sequential"]}
+        Path("compare.yaml").write_text(yaml.safe_dump({"compare": "c", "base": "tiny.yaml", "arms": arms}))
+        assert [answer["code"] for answer in ask(RUN, COMPARE)] == [0, 0]
+        assert execute(ALIAS) == [("lifelong-moe.tiny", "champion")] and execute(PARENTS) == [("c",), ("tiny",)]
+    return root
+
+
+@pytest.mark.parametrize("command", [RUN, COMPARE])
+def test_what_is_recorded_is_found_without_mlflow(
+    tracked_once: Path, monkeypatch: pytest.MonkeyPatch, command: tuple[str, ...]
+) -> None:
+    monkeypatch.chdir(tracked_once)
+    before = MLFLOW.read_bytes()
+    (answer,) = ask(command)
+    assert (answer["code"], answer["heavy"]) == (0, ["tokenizers", "torch"]), answer
+    assert "MLflow: http" in answer["out"] + answer["err"] and MLFLOW.read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("command", "damage", "asked", "repaired"),
+    [
+        (RUN, "DELETE FROM registered_model_aliases", VERSION, [(2,)]),
+        (RUN, "DELETE FROM model_version_tags", VERSION, [(3,)]),
+        (RUN, "UPDATE runs SET lifecycle_stage = 'deleted' WHERE name = 'tiny'", PARENTS, [("c",), ("tiny",)]),
+        (COMPARE, "UPDATE runs SET lifecycle_stage = 'deleted' WHERE name = 'c'", PARENTS, [("c",), ("tiny",)]),
+        (COMPARE, "UPDATE runs SET status = 'RUNNING' WHERE name = 'c'", UNFINISHED, []),
+    ],
+)
+def test_what_is_missing_in_mlflow_is_put_back(
+    tracked_once: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    command: tuple[str, ...],
+    damage: str,
+    asked: str,
+    repaired: list[Any],
+) -> None:
+    monkeypatch.chdir(tracked_once)
+    execute(damage)
+    first, again = ask(command)[0], ask(command)[0]
+    assert first["code"] == 0 and "mlflow" in first["heavy"], first
+    assert execute(asked) == repaired
+    assert (again["code"], again["heavy"]) == (0, ["tokenizers", "torch"]), again
+
+
+def test_a_store_that_moved_is_found_by_mlflow_once(
+    tracked_once: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(tracked_once, tmp_path / "lab")
+    monkeypatch.chdir(tmp_path / "lab")
+    first, again = ask(RUN)[0], ask(RUN)[0]
+    assert first["code"] == 0 and "mlflow" in first["heavy"], first
+    assert execute(f"SELECT count(*) FROM runs WHERE artifact_uri NOT LIKE '{tmp_path}/%'") == [(0,)]
+    assert (again["code"], again["heavy"]) == (0, ["tokenizers", "torch"]), again
 
 
 def test_an_idle_tick_needs_nothing_heavy(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

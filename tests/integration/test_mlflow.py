@@ -9,6 +9,7 @@ import socket
 import sqlite3
 import time
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,8 @@ from matplotlib.figure import Figure
 from lifelong_moe.config.tracking import TrackingConfig
 from lifelong_moe.errors import DivergedError
 from lifelong_moe.store.pointer import open_pointer
+from lifelong_moe.tracking.database import RecordedRun, recorded
+from lifelong_moe.tracking.locations import _local
 from lifelong_moe.tracking.registry import PENDING
 from lifelong_moe.tracking.tracker import Tracker
 from tests.records import commit_made
@@ -308,6 +311,84 @@ def test_deleted_experiment_is_not_revived(root: Path, tracker: Tracker) -> None
     client(root).delete_experiment(tracker.experiment_id)
     again = Tracker.connect(TrackingConfig(), root)
     assert again.problem is not None and "'lifelong-moe' is deleted" in again.problem
+
+
+def execute(root: Path, statement: str) -> None:
+    with closing(sqlite3.connect(root / "mlflow.db")) as connection, connection:
+        connection.execute(statement)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        "DELETE FROM experiments WHERE name = 'lifelong-moe'",
+        "UPDATE experiments SET lifecycle_stage = 'deleted'",
+        "DELETE FROM experiment_tags",
+        "UPDATE experiments SET artifact_location = '/elsewhere'",
+        "UPDATE runs SET artifact_uri = '/elsewhere'",
+        "CREATE VIEW computed AS SELECT 1",
+        "ALTER TABLE runs RENAME TO others",
+    ],
+)
+def test_mlflow_is_asked_unless_its_database_is_as_it_leaves_it(root: Path, tracker: Tracker, damage: str) -> None:
+    started(tracker)
+    uri = f"sqlite:///{root}/mlflow.db"
+    assert recorded(uri, root, "lifelong-moe") is not None
+    execute(root, damage)
+    assert recorded(uri, root, "lifelong-moe") is None
+    assert recorded("http://127.0.0.1:1", root, "lifelong-moe") is None
+    (root / "mlflow.db").write_bytes(b"not a database " * 100)
+    assert recorded(uri, root, "lifelong-moe") is None
+
+
+def test_the_database_tells_what_mlflow_would(root: Path, tracker: Tracker) -> None:
+    stages = [commit_made(root, digits * 16).key for digits in ("0123", "4567")]
+    run_id, local = started(tracker), started(tracker, run_id="local-1")
+    tracker.finish(run_id)
+    names = [tracker.register_version("lifelong-moe.r", run_id=run_id, tags={"stage_key": one}) for one in stages]
+    key = stages[-1]
+    tracker.register_version("lifelong-moe.r", run_id=run_id, tags={"stage_key": key}, alias="champion")
+    found = recorded(f"sqlite:///{root}/mlflow.db", root, "lifelong-moe")
+    assert found is not None
+    assert found.find(run_id) == RecordedRun(run_id, str(tracker.experiment_id), finished=True)
+    assert found.find("local-1") == RecordedRun(local, str(tracker.experiment_id), finished=False)
+    assert found.find("0" * 32) is found.find("' OR 1") is None
+    asked = "lifelong-moe.r", key, "champion"
+    assert found.version_with_alias(*asked) == names[-1]
+    assert found.version_with_alias("lifelong-moe.r", key, "candidate") is None
+    assert found.version_with_alias("lifelong-moe.r", "0" * 64, "champion") is None
+    execute(root, "UPDATE registered_model_aliases SET version = version + 1")
+    assert found.version_with_alias(*asked) is None
+    client(root).delete_run(run_id)
+    assert found.find(run_id) is None
+    # As `' OR 1` in a filter, a made text in a column must do no harm.
+    execute(
+        root, "UPDATE runs SET run_uuid = 'a b' WHERE run_uuid = (SELECT run_uuid FROM tags WHERE value = 'local-1')"
+    )
+    execute(root, "UPDATE tags SET run_uuid = 'a b' WHERE value = 'local-1'")
+    assert found.find("local-1") is None
+
+
+@pytest.mark.parametrize(
+    "location",
+    [
+        "/a/b",
+        "file:///a/b",
+        "/a/%62",
+        "file:///a/%62",
+        "file:///a;b",
+        "/a;b",
+        "/a b/ü",
+        "file:///a b/ü",
+        "/a/../b",
+        "/a:b@c",
+    ],
+)
+def test_a_path_is_read_as_mlflow_reads_it(location: str) -> None:
+    from mlflow.utils.file_utils import local_file_uri_to_path
+
+    theirs = local_file_uri_to_path(location)
+    assert _local(location) == (theirs if theirs == location.removeprefix("file://") and ".." not in theirs else None)
 
 
 def test_our_own_mistakes_are_raised(tracker: Tracker) -> None:

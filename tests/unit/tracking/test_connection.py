@@ -15,7 +15,7 @@ import pytest
 
 from lifelong_moe.config.tracking import TrackingConfig
 from lifelong_moe.errors import ConfigError
-from lifelong_moe.tracking.connection import probe, resolve_uri
+from lifelong_moe.tracking.connection import probe, resolve_uri, sqlite_path
 from lifelong_moe.tracking.links import note_port, served_port, starting, ui_url
 from lifelong_moe.tracking.server import require_free, serve_command, wait_until_up
 from lifelong_moe.tracking.tracker import Tracker
@@ -158,3 +158,24 @@ def test_a_working_directory_that_mlflow_cannot_name(tmp_path: Path, monkeypatch
     tracker = Tracker.connect(TrackingConfig(), Path("mlruns"))
     assert tracker.problem is not None and "is not UTF-8" in tracker.problem and not tracker.active
     assert tracker.start_run("x") is None and list(place.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "uri",
+    [
+        "sqlite:///a.db",
+        "sqlite:////a/b c/ü.db",
+        "sqlite:////a@b:c/d#e.db",
+        "sqlite:////a%20b.db",
+        "sqlite:///a.db?mode=ro",
+        "sqlite+pysqlite:///a.db",
+        "sqlite:///:memory:",
+        "sqlite:///",
+        "sqlite://",
+    ],
+)
+def test_a_database_is_where_sqlalchemy_finds_it(uri: str) -> None:
+    from sqlalchemy.engine import make_url
+
+    database = make_url(uri).database
+    assert sqlite_path(uri) == (Path(database) if database and database != ":memory:" else None)
