@@ -16,6 +16,7 @@ from lifelong_moe.storage.keys import SHORT
 from lifelong_moe.storage.locks import locked_when_free
 from lifelong_moe.tracking.connection import sqlite_path
 from lifelong_moe.tracking.locations import nothing_to_move, own_database, reading
+from lifelong_moe.tracking.pages.views import RUNS
 from lifelong_moe.tracking.registry import MODELS, STAGE_KEY_TAG, registered_name
 from lifelong_moe.tracking.spool import RefusedError
 
@@ -23,8 +24,11 @@ CREATE_SECONDS = 120.0
 """Longest wait for another process that creates the database; creating one takes about 2 s."""
 LOCAL_ID_TAG = "lifelong.local_id"
 """Tag of every run: the id by which its caller knew it before MLflow gave it one."""
-KIND = {"mlflow.experimentKind": "custom_model_development"}
-"""Tag of every experiment, by which MLflow's page opens on model training and not on its side for agents."""
+EXPERIMENT_TAGS = {
+    # By this MLflow's page opens on model training and not on its side for agents.
+    "mlflow.experimentKind": "custom_model_development",
+    **RUNS.tags,
+}
 _BY_ID = """
 SELECT run_uuid, runs.experiment_id, status FROM runs
 WHERE run_uuid = ? AND lifecycle_stage = 'active'
@@ -111,7 +115,7 @@ def recorded(uri: str, root: Path, experiment: str) -> Recorded | None:
     Args:
         uri: Tracking URI.
         root: The ``mlruns/`` directory.
-        experiment: Name of the experiment, which must be there and carry our tag.
+        experiment: Name of the experiment, which must be there and carry our tags.
     """
     path = own_database(uri, root)
     # Whatever is wrong is told when MLflow opens it.
@@ -125,7 +129,7 @@ def recorded(uri: str, root: Path, experiment: str) -> Recorded | None:
             if len(rows) != 1 or rows[0][1] != "active":
                 return None
             tags = connection.execute("SELECT key FROM experiment_tags WHERE experiment_id = ?", (rows[0][0],))
-            return Recorded(path, str(rows[0][0])) if {key for (key,) in tags} >= set(KIND) else None
+            return Recorded(path, str(rows[0][0])) if {key for (key,) in tags} >= set(EXPERIMENT_TAGS) else None
     except (OSError, sqlite3.Error, RefusedError):
         return None
 

@@ -19,6 +19,7 @@ from pathlib import PurePosixPath
 from typing import Any
 
 from lifelong_moe.storage.grammars import NAME
+from lifelong_moe.tracking.pages.views import FILTERS
 from lifelong_moe.tracking.spool import Operation, RefusedError
 
 MODEL_PREFIX = "lifelong-moe."
@@ -125,6 +126,7 @@ _FIELDS: dict[str, dict[str, Check]] = {
     },
     "artifact": {"path": _is_path},
     "tag": {"key": _is_text, "value": _is_text},
+    "view": {"tag": lambda value: value in FILTERS, "name": lambda value: _is_text(value) and NAME.allows(value)},
     "version": {
         "name": _is_model,
         "alias": lambda value: value is None or value in ALIASES,

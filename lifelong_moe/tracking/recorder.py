@@ -7,12 +7,13 @@ imported only when something is to be recorded, or its database cannot tell that
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Self
 
 from lifelong_moe.config.tracking import TrackingConfig
 from lifelong_moe.redaction import is_web, note_address, redacted, shown_address
-from lifelong_moe.tracking import links
 from lifelong_moe.tracking.connection import (
     is_utf8,
     prepare_environment,
@@ -21,6 +22,8 @@ from lifelong_moe.tracking.connection import (
 )
 from lifelong_moe.tracking.database import Recorded, RecordedRun, recorded
 from lifelong_moe.tracking.failures import failures, reason_of, unusable
+from lifelong_moe.tracking.pages import links
+from lifelong_moe.tracking.pages.views import View
 from lifelong_moe.tracking.spool import SPOOL, Operation, RefusedError, Spool
 from lifelong_moe.tracking.store import Store
 
@@ -180,35 +183,42 @@ class Recorder:
             self._fail(error)
             return False
 
-    def ui_url(self, run_id: str | None = None, *, tag: tuple[str, str] | None = None, order: str | None = None) -> str:
-        """Link to the charts; for a local database, on the server that ``lifelong-moe ui`` starts.
+    def ui_url(self, run_id: str) -> str:
+        """Link to a run's charts; for a local database, on the server that ``lifelong-moe ui`` starts.
 
         Args:
-            run_id: Show this run alone.
-            tag: Show the runs with this tag: its key, a word, and its value, a name. Neither shows all.
-            order: See :func:`lifelong_moe.tracking.links.ui_url`.
+            run_id: The run.
 
         Returns:
             The link; empty while MLflow is unavailable.
         """
-        search = None if tag is None else f"tags.{tag[0]}='{tag[1]}'"
-        found = None if run_id is None else self._find(run_id)
-        if found is not None:
-            search = f"attributes.run_id='{found.run_id}'"
         try:
-            if run_id is not None and found is None:
-                if self._store is None:
-                    return ""
-                search = f"attributes.run_id='{self._store.resolve(run_id)}'"
+            if (found := self._find(run_id)) is not None:
+                known = found.run_id
+            elif self._store is not None:
+                known = self._store.resolve(run_id)
+            else:
+                return ""
+        except failures() as error:
+            self._fail(error)
+            return ""
+        return self._link(partial(links.ui_url, search=f"attributes.run_id='{known}'"))
+
+    def view_url(self, view: View) -> str:
+        """Link to a view that was saved; empty while MLflow is unavailable."""
+        return self._link(partial(links.view_url, view=view))
+
+    def _link(self, make: Callable[..., str]) -> str:
+        try:
             number = self._recorded.experiment_id if self._recorded is not None else self.experiment_id
         except failures() as error:
             self._fail(error)
             return ""
-        return "" if number is None else links.ui_url(self._uri, number, search, order, self._port)
+        return "" if number is None else make(self._uri, number, port=self._port)
 
     @property
     def starting(self) -> str:
-        """See :func:`lifelong_moe.tracking.links.starting`."""
+        """See :func:`lifelong_moe.tracking.pages.links.starting`."""
         return links.starting(self._uri, self._port)
 
     def run_page(self, run_id: str) -> str:

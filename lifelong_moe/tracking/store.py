@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
@@ -15,10 +15,11 @@ from lifelong_moe.redaction import is_web
 from lifelong_moe.storage.keys import SHORT
 from lifelong_moe.store.pointer import ARTIFACTS
 from lifelong_moe.store.stages import StageStore
-from lifelong_moe.tracking.database import KIND, LOCAL_ID_TAG, ensure_database
+from lifelong_moe.tracking.database import EXPERIMENT_TAGS, LOCAL_ID_TAG, ensure_database
 from lifelong_moe.tracking.failures import reason_of
 from lifelong_moe.tracking.locations import keep_artifacts_within, require_within
 from lifelong_moe.tracking.operations import LOCAL_PREFIX, MODEL_PREFIX, require_ours
+from lifelong_moe.tracking.pages.views import comparison_view
 from lifelong_moe.tracking.registry import (
     STAGE_KEY_TAG,
     Version,
@@ -97,7 +98,7 @@ class Store:
         found = self.client.get_experiment_by_name(name)
         if found is None:
             try:
-                return str(self.client.create_experiment(name, artifact_location=location, tags=KIND))
+                return str(self.client.create_experiment(name, artifact_location=location, tags=EXPERIMENT_TAGS))
             except MlflowException as error:  # Another process created it first.
                 found = self.client.get_experiment_by_name(name)
                 if error.error_code != _EXISTS or found is None:
@@ -105,12 +106,13 @@ class Store:
         if found.lifecycle_stage == "deleted":
             raise MlflowException(f"experiment {name!r} is deleted; restore it or set another tracking.experiment.")
         require_within(self._uri, self._root, str(found.artifact_location))
-        self._say_kind(found)
+        # Experiments of an earlier version lack some.
+        self._add_tags(found, EXPERIMENT_TAGS)
         return str(found.experiment_id)
 
-    def _say_kind(self, experiment: Experiment) -> None:
-        """Let MLflow's page show an experiment of an earlier version as model training, unless somebody has chosen."""
-        for key, value in KIND.items():
+    def _add_tags(self, experiment: Experiment, tags: Mapping[str, str]) -> None:
+        """Set those tags that an experiment lacks; what somebody has chosen stays."""
+        for key, value in tags.items():
             if key not in experiment.tags:
                 self.client.set_experiment_tag(str(experiment.experiment_id), key, value)
 
@@ -223,6 +225,7 @@ class Store:
             "metrics": self._metrics,
             "dataset": self._dataset,
             "tag": self._tag,
+            "view": self._view,
             "version": self._version,
             "unalias": self._unalias,
             "finish": self._finish,
@@ -304,6 +307,11 @@ class Store:
 
     def _tag(self, asked: Operation) -> None:
         self.client.set_tag(self.resolve(asked["run"]), asked["key"], asked["value"])
+
+    def _view(self, asked: Operation) -> None:
+        run = self.client.get_run(self.resolve(asked["run"]))
+        experiment = self.client.get_experiment(run.info.experiment_id)
+        self._add_tags(experiment, comparison_view(asked["tag"], asked["name"]).tags)
 
     def _version(self, asked: Operation) -> str:
         run_id, key = self.resolve(asked["run"]), asked["tags"][STAGE_KEY_TAG]

@@ -142,6 +142,16 @@ class Tracker(Recorder):
         if run_id is not None:
             self._record(operation("tag", run_id, key="mlflow.note.content", value=cut(markdown, TAG_CHARACTERS)))
 
+    def save_view(self, run_id: str | None, tag: str, name: str) -> None:
+        """Save the view of a comparison's runs; one that is there stays, for somebody may have changed it.
+
+        Args:
+            run_id: The comparison's own run.
+            tag, name: See :func:`lifelong_moe.tracking.pages.views.comparison_view`.
+        """
+        if run_id is not None:
+            self._record(operation("view", run_id, tag=tag, name=name))
+
     def register_version(
         self,
         name: str,

@@ -19,6 +19,7 @@ from lifelong_moe.reports.figures.comparison import comparison_figures
 from lifelong_moe.storage.files import write_atomic
 from lifelong_moe.storage.keys import content_key
 from lifelong_moe.tracking.operations import local_id
+from lifelong_moe.tracking.pages.views import View, comparison_view
 from lifelong_moe.tracking.tracker import Tracker
 from pipelines.compare import render as render_comparison
 from pipelines.compare.head import ComparisonHead, ComparisonMlflow, head_to_change
@@ -30,10 +31,8 @@ from pipelines.shared.workspace import ROOT
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-RECORD = 3
+RECORD = 4
 """Raised where MLflow gets more of a comparison than before, so that it gets it of earlier ones too."""
-ARM = "params.`arm`"
-"""Order of the rows. MLflow nests runs under their parents, folded, where they are ordered by time."""
 
 
 class ComparisonRecord:
@@ -168,24 +167,32 @@ class ComparisonRecord:
         self.tracker.log_text(self.parent, table, "comparison.md")
         self.tracker.log_text(self.parent, json.dumps(found, indent=1, ensure_ascii=False), "comparison.json")
         # Whoever comes upon this page has not seen the addresses that the command printed. First: MLflow cuts notes.
-        name = found["compare"]
-        searches = f"search for `tags.{COMPARISON}='{name}'`, and with several seeds `tags.{MEANS}='{name}'`"
+        titles = " and ".join(f"“{view.title}”" for view in self._views())
         # The verdict before all else, as on a run's page.
         said, _, rest = table.partition("\n\n")
-        self.tracker.set_note(self.parent, f"{said}\n\nIn the list of runs, {searches}.\n\n{rest}")
+        note = f"{said}\n\nIn the list of runs, the menu at the top right has {titles}.\n\n{rest}"
+        self.tracker.set_note(self.parent, note)
+        for tag in self._choices():
+            self.tracker.save_view(self.parent, tag, found["compare"])
+
+    def _choices(self) -> tuple[str, ...]:
+        """Tags of the runs that people look at: of each seed, and of several seeds the means."""
+        return (COMPARISON, MEANS) if len(self.comparison.settings.seeds) > 1 else (COMPARISON,)
+
+    def _views(self) -> list[View]:
+        return [comparison_view(tag, self.comparison.settings.compare) for tag in self._choices()]
 
     def finish(self, console: Console, error: BaseException | None = None) -> None:
         """End the parent run, as failed if there is an error, and print where the results are."""
         if self._begun:
             self.tracker.finish(self.parent, error)
         console.print(f"Comparison: {self.path / 'comparison.md'}, comparison.json and figures/")
-        name = self.comparison.settings.compare
-        if self.parent and (link := self.tracker.ui_url(tag=(COMPARISON, name), order=ARM)):
+        view, *means = self._views()
+        if self.parent and (link := self.tracker.view_url(view)):
             # Folded by us, it could be neither clicked nor copied.
             console.print(f"MLflow: {link}{self.tracker.starting}", soft_wrap=True)
-            if len(self.comparison.settings.seeds) > 1:
-                means = self.tracker.ui_url(tag=(MEANS, name), order=ARM)
-                console.print(f"Means over seeds: {means}", soft_wrap=True)
+            for view in means:
+                console.print(f"Means over seeds: {self.tracker.view_url(view)}", soft_wrap=True)
         elif self.tracker.problem:
             console.print(self.tracker.problem, style="yellow")
 

@@ -1,4 +1,4 @@
-"""`lifelong-moe ui`: the MLflow UI on our database, opened at the comparison of runs."""
+"""`lifelong-moe ui`: the MLflow UI on our database, opened at the list of runs, the best first."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ from rich.console import Console
 
 from lifelong_moe.config.tracking import TrackingConfig
 from lifelong_moe.errors import ConfigError, CorruptError, TryAgainError
-from lifelong_moe.tracking.links import note_port, ui_url
-from lifelong_moe.tracking.server import require_free, serve_command, serving, wait_until_up
+from lifelong_moe.tracking.pages.links import note_port, view_url
+from lifelong_moe.tracking.pages.server import require_free, serve_command, serving, wait_until_up
+from lifelong_moe.tracking.pages.views import RUNS
 from lifelong_moe.tracking.tracker import Tracker
 from lifelong_moe.training.callbacks.interrupt import handling_signals
 from pipelines.shared.places import ROOT
@@ -33,7 +34,7 @@ def ui(port: int, host: str, browser: bool, experiment: str, console: Console) -
         raise refused(tracker.problem or "nothing is tracked.")
     command, environment = serve_command(None, ROOT, port, host)
     base = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
-    url = ui_url(base, tracker.experiment_id)
+    url = view_url(base, tracker.experiment_id, RUNS)
     console.print("starting the MLflow UI …")
     # Left running, the server would keep the port: it ends with us, also where we are killed.
     with handling_signals(), serving(command, environment) as server:

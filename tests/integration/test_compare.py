@@ -26,6 +26,8 @@ from pipelines.shared.output import SafeConsole
 from pipelines.upkeep.sync import sync
 from tests.tiny import fork, tiny_config, train, write_config
 
+ABSENT = {"compare/plasticity_gap_worst_percent", "over_tokens/heldout_mean_bits_per_byte"}
+"""Charts that MLflow leaves out as empty: without an unrestrained arm, and of means over seeds."""
 needs_fork = pytest.mark.skipif(torch.cuda.is_available(), reason="autograd does not survive a fork once CUDA is there")
 
 
@@ -71,7 +73,7 @@ def test_one_parent_with_the_arms_under_it(lab: Path, template: Path, setup: Cal
     found, printed = start("stage_defaults.grow.noise=0.02", width=80)
     # One line, however narrow the terminal, so that it can be copied.
     (address,) = (line for line in printed.splitlines() if line.startswith("MLflow: http://127.0.0.1:5000/#/"))
-    assert len(address) > 80 and address.endswith("orderByAsc=true  (start it with: lifelong-moe ui)")
+    assert len(address) > 80 and address.endswith("&compareRunsMode=CHART  (start it with: lifelong-moe ui)")
     assert "%)" in printed and " %)" not in printed.split("\nResults\n")[1].split("\nCost\n")[0]
     assert "oracle gap (bits/byte)" not in printed  # of no arm here, and a column of dashes would fold the others
     client = MlflowClient(f"sqlite:///{(lab / 'mlruns/mlflow.db').absolute()}")
@@ -135,23 +137,34 @@ def test_a_comparison_can_be_judged_in_mlflow(lab: Path, template: Path, setup: 
     found, printed = start("seeds=[0,1]")
     client, runs = MlflowClient(f"sqlite:///{(lab / 'mlruns/mlflow.db').absolute()}"), recorded(lab)
     links = [word for word in printed.split() if word.startswith("http://")]
-    shown = []
+    experiment, shown, titles = runs["c"].info.experiment_id, [], []
     for link in links:
         assert len(link) < 200
-        # Any order but that by time: there MLflow shows what is below a comparison only after it is unfolded.
         query = parse_qs(urlsplit(urlsplit(link).fragment).query)
-        order = f"{query['orderByKey'][0]} {'ASC' if query['orderByAsc'] == ['true'] else 'DESC'}"
-        rows = client.search_runs([runs["c"].info.experiment_id], query["searchFilter"][0], order_by=[order])
+        # With a filter in the address, MLflow would not open the view.
+        assert query.keys() == {"workflowType", "viewStateShareKey", "compareRunsMode"}
+        tags = client.get_experiment(experiment).tags
+        view = json.loads(tags[f"mlflow.sharedViewState.{query['viewStateShareKey'][0]}"])
+        state = json.loads(view["state"])
+        # Any order but that by time: there MLflow shows what is below a comparison only after it is unfolded.
+        order = f"{state['orderByKey']} {'ASC' if state['orderByAsc'] else 'DESC'}"
+        rows = client.search_runs([experiment], state["searchFilter"], order_by=[order])
+        assert {chart["metricKey"] for chart in state["compareRunCharts"]} <= rows[0].data.metrics.keys() | ABSENT
         shown.append([run.info.run_name for run in rows])
-    seeds = ["lifelong s1 · c", "lifelong s0 · c", "naive s1 · c", "naive s0 · c"]
-    means = ["lifelong · mean over seeds · c", "naive · mean over seeds · c"]
-    assert shown == [seeds, means]
+        titles.append(view["name"])
+    assert titles == ["Comparison c", "Comparison c, means over seeds"]
+    seeds, means = shown
+    losses = [runs[name].data.metrics["all/heldout_mean_bits_per_byte"] for name in seeds]
+    assert losses == sorted(losses) and len(set(losses)) == 4
+    assert sorted(seeds) == ["lifelong s0 · c", "lifelong s1 · c", "naive s0 · c", "naive s1 · c"]
+    assert sorted(means) == ["lifelong · mean over seeds · c", "naive · mean over seeds · c"]
     for name in seeds:
         place = {"arm": name.split()[0], "seed": name.split()[1][1], "routing": "learned"}
         place["method"] = "sequential" if place["arm"] == "naive" else "lifelong"
         data = runs[name].data
         assert place.items() <= data.params.items() and place.items() <= data.tags.items()
-    for arm, name in zip(reversed(found["arms"]), means, strict=True):
+    means = [f"{arm['name']} · mean over seeds · c" for arm in found["arms"]]
+    for arm, name in zip(found["arms"], means, strict=True):
         summary, metrics = arm["summary"]["final_mean_bits_per_byte"], runs[name].data.metrics
         assert metrics["all/heldout_mean_bits_per_byte"] == summary["mean"]
         for end in ("lowest", "highest"):  # of two seeds, an interval says nothing
@@ -160,11 +173,11 @@ def test_a_comparison_can_be_judged_in_mlflow(lab: Path, template: Path, setup: 
         assert runs[name].data.tags["mlflow.note.content"].startswith(f"{arm['name']} ")  # its verdict
         assert runs["c"].data.metrics[f"heldout_mean_bits_per_byte/{arm['name']}"] == summary["mean"]
     difference = found["arms"][1]["differences"]["final_mean_bits_per_byte"]
-    metrics = runs[means[0]].data.metrics
+    metrics = runs[means[1]].data.metrics
     assert metrics["difference/heldout_mean_bits_per_byte"] == difference["mean"]
     assert metrics["difference_interval/heldout_mean_bits_per_byte_highest"] == difference["highest"]
     assert "difference_interval/heldout_mean_bits_per_byte_p" not in metrics
-    assert not [key for key in runs[means[1]].data.metrics if key.startswith("difference")]  # the reference
+    assert not [key for key in runs[means[0]].data.metrics if key.startswith("difference")]  # the reference
     assert runs["c"].data.metrics["runs/committed"] == 4 and runs["c"].data.metrics["runs/absent"] == 0
     before = (lab / "mlruns/mlflow.db").read_bytes()
     start("seeds=[0,1]")
@@ -174,6 +187,8 @@ def test_a_comparison_can_be_judged_in_mlflow(lab: Path, template: Path, setup: 
 def test_a_comparison_that_waits_in_the_spool_arrives_whole(
     lab: Path, template: Path, setup: Callable[..., None]
 ) -> None:
+    from mlflow import MlflowClient
+
     (lab / "mlruns").mkdir()
     (lab / "mlruns/mlflow.db").write_bytes(b"no database" * 1000)
     setup(("fruit",), tracking={"enabled": True})
@@ -187,6 +202,9 @@ def test_a_comparison_that_waits_in_the_spool_arrives_whole(
     summary = found["arms"][0]["summary"]["final_mean_bits_per_byte"]
     assert runs["naive · mean over seeds · c"].data.metrics["all/heldout_mean_bits_per_byte"] == summary["mean"]
     assert not list((lab / "mlruns/spool").glob("*/refused.jsonl"))
+    tags = MlflowClient(f"sqlite:///{(lab / 'mlruns/mlflow.db').absolute()}").get_experiment("1").tags
+    views = [json.loads(value)["name"] for key, value in tags.items() if key.startswith("mlflow.sharedViewState.")]
+    assert sorted(views) == ["Best held-out loss first", "Comparison c", "Comparison c, means over seeds"]
     start("seeds=[0,1]")
     assert set(recorded(lab)) == set(runs)  # none twice
 

@@ -251,7 +251,7 @@ def test_disabled_tracker_does_nothing(tmp_path: Path) -> None:
     tracker.set_note("a", "note")
     tracker.finish("a")
     assert tracker.register_version("m", run_id="a", tags={"stage_key": "0"}) is None
-    assert (tracker.ui_url(), tracker.experiment_id) == ("", None)
+    assert (tracker.ui_url("a"), tracker.experiment_id) == ("", None)
     assert not (tmp_path / "mlruns").exists()
 
 
@@ -270,7 +270,7 @@ def test_unreachable_server_is_told_within_ten_seconds(dead_port: int, tmp_path:
     started_at = time.monotonic()
     tracker = Tracker.connect(TrackingConfig(uri=f"http://user:secret@127.0.0.1:{dead_port}"), tmp_path)
     assert time.monotonic() - started_at < 10
-    assert tracker.experiment_id is None and tracker.ui_url() == ""
+    assert tracker.experiment_id is None and tracker.ui_url("a") == ""
     assert tracker.problem is not None and "\n" not in tracker.problem
     assert f"127.0.0.1:{dead_port}" in tracker.problem and "secret" not in tracker.problem
 

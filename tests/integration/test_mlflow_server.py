@@ -17,7 +17,7 @@ from mlflow import MlflowClient
 
 from lifelong_moe.config.tracking import TrackingConfig
 from lifelong_moe.store.pointer import open_pointer
-from lifelong_moe.tracking.server import serve_command, wait_until_up
+from lifelong_moe.tracking.pages.server import serve_command, wait_until_up
 from lifelong_moe.tracking.tracker import Tracker
 from pipelines.cli import app, exit_code
 from tests.records import commit_made

@@ -20,8 +20,8 @@ import pytest
 import torch
 from rich.console import Console
 
-from lifelong_moe.tracking.links import served_port
-from lifelong_moe.tracking.server import serve_command
+from lifelong_moe.tracking.pages.links import served_port
+from lifelong_moe.tracking.pages.server import serve_command
 from pipelines.cli import app, exit_code
 from pipelines.upkeep import ui as story
 from tests.tiny import fork
@@ -112,7 +112,7 @@ def test_one_warning_of_the_server_s_libraries_is_not_shown(monkeypatch: pytest.
     assert "middleware.wsgi is deprecated" not in said.stderr and "another of starlette" in said.stderr
     assert environment["PYTHONWARNINGS"].startswith("always::DeprecationWarning,ignore:")
     shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stderr
-    assert "middleware.wsgi is deprecated" in shown, "drop the filter in lifelong_moe/tracking/server.py"
+    assert "middleware.wsgi is deprecated" in shown, "drop the filter in lifelong_moe/tracking/pages/server.py"
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGKILL])

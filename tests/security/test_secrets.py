@@ -34,7 +34,7 @@ from lifelong_moe.data.text.streams import open_file
 from lifelong_moe.errors import ConfigError, DataError
 from lifelong_moe.storage.plain import PlainError, from_plain
 from lifelong_moe.tracking.connection import probe
-from lifelong_moe.tracking.links import ui_url
+from lifelong_moe.tracking.pages.links import ui_url
 from lifelong_moe.tracking.spool import Spool
 from lifelong_moe.tracking.sync import sync
 from lifelong_moe.tracking.tracker import Tracker
@@ -222,7 +222,7 @@ def test_in_an_address_of_a_tracker(
     run = tracker.start_run("r", params={"tracking": {"uri": address}}, note=f"see {address}")
     tracker.log_text(run, f"see {address}", "notes.txt")
     tracker.finish(run)
-    said = f"{tracker.problem} {caplog.text} {sync(root)} {Spool(root, address).address} {ui_url(address, '1')}"
+    said = f"{tracker.problem} {caplog.text} {sync(root)} {Spool(root, address).address} {ui_url(address, '1', '')}"
     assert tracker.problem is not None and "127.0.0.1:1" in said
     # In texts that nobody called an address, a path that is a plain word stays.
     require_absent(said, CANARY, *(["canaryword"] if place == "variable" else []), given=("pending.jsonl",))

@@ -18,7 +18,7 @@ import pytest
 from lifelong_moe.config.tracking import TrackingConfig
 from lifelong_moe.storage.keys import text_sha256
 from lifelong_moe.tracking.operations import local_id, operation
-from lifelong_moe.tracking.server import serve_command
+from lifelong_moe.tracking.pages.server import serve_command
 from lifelong_moe.tracking.spool import Spool
 from lifelong_moe.tracking.sync import sync
 from lifelong_moe.tracking.tracker import Tracker
@@ -114,6 +114,7 @@ GOOD: dict[str, dict[str, Any]] = {
     "metrics": {"rows": [["loss", 1.0, 0]]},
     "dataset": {"name": "d", "digest": "0", "context": "training", "source": "s", "profile": {}},
     "tag": {"key": "k", "value": "v"},
+    "view": {"tag": "comparison", "name": "c"},
     "version": {
         "name": "lifelong-moe.r", "alias": "champion", "tags": {"stage_key": "ab" * 32}, "description": ""
     },

@@ -16,8 +16,9 @@ import pytest
 from lifelong_moe.config.tracking import TrackingConfig
 from lifelong_moe.errors import ConfigError
 from lifelong_moe.tracking.connection import probe, resolve_uri, sqlite_path
-from lifelong_moe.tracking.links import note_port, served_port, starting, ui_url
-from lifelong_moe.tracking.server import require_free, serve_command, wait_until_up
+from lifelong_moe.tracking.pages.links import note_port, served_port, starting, ui_url, view_url
+from lifelong_moe.tracking.pages.server import require_free, serve_command, wait_until_up
+from lifelong_moe.tracking.pages.views import FILTERS, RUNS, comparison_view
 from lifelong_moe.tracking.tracker import Tracker
 
 
@@ -117,15 +118,23 @@ def test_a_port_that_is_taken_is_refused(listener: socket.socket) -> None:
         require_free("192.0.2.1", port)
 
 
-def test_links_open_the_charts() -> None:
-    query = "#/experiments/7/runs?workflowType=machine_learning&compareRunsMode=CHART"
-    assert ui_url("sqlite:////x/mlflow.db", "7") == f"http://127.0.0.1:5000/{query}"
-    assert ui_url("sqlite:////x/mlflow.db", "7", port=5001) == f"http://127.0.0.1:5001/{query}"
-    chosen = ui_url("https://user:secret@host/mlflow/", "7", "tags.a='b'", "params.`arm`")
-    assert (
-        chosen
-        == f"https://host/mlflow/{query}&searchFilter=tags.a%3D%27b%27&orderByKey=params.%60arm%60&orderByAsc=true"
-    )
+def test_links_open_charts_and_views() -> None:
+    query = "#/experiments/7/runs?workflowType=machine_learning"
+    chosen = f"{query}&compareRunsMode=CHART&searchFilter=tags.a%3D%27b%27"
+    assert ui_url("sqlite:////x/mlflow.db", "7", "tags.a='b'") == f"http://127.0.0.1:5000/{chosen}"
+    assert ui_url("sqlite:////x/mlflow.db", "7", "tags.a='b'", 5001) == f"http://127.0.0.1:5001/{chosen}"
+    assert ui_url("https://user:secret@host/mlflow/", "7", "tags.a='b'") == f"https://host/mlflow/{chosen}"
+    listed = f"{query}&viewStateShareKey=lifelong-runs"
+    assert view_url("sqlite:////x/mlflow.db", "7", RUNS, 5001) == f"http://127.0.0.1:5001/{listed}"
+    view = comparison_view("comparison", "c")
+    charts = f"{query}&viewStateShareKey={view.key}&compareRunsMode=CHART"
+    assert view_url("https://user:secret@host/mlflow/", "7", view) == f"https://host/mlflow/{charts}"
+
+
+def test_a_view_is_one_tag_that_mlflow_takes() -> None:
+    views = [RUNS, *(comparison_view(tag, "n" * 128) for tag in FILTERS), comparison_view("comparison", "N" * 128)]
+    tags = [tag for view in views for tag in view.tags.items()]
+    assert len(dict(tags)) == 4 and all(len(key) <= 250 and len(value) <= 5000 for key, value in tags)
 
 
 def test_the_port_on_which_a_store_was_served_is_remembered(tmp_path: Path) -> None:
@@ -146,7 +155,8 @@ def test_the_port_on_which_a_store_was_served_is_remembered(tmp_path: Path) -> N
 
 
 def test_importing_the_package_does_not_import_mlflow() -> None:
-    code = "import sys, lifelong_moe.tracking.tracker, lifelong_moe.tracking.server; sys.exit('mlflow' in sys.modules)"
+    modules = "lifelong_moe.tracking.tracker, lifelong_moe.tracking.pages.server"
+    code = f"import sys, {modules}; sys.exit('mlflow' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], timeout=60, check=False).returncode == 0
 
 

@@ -14,6 +14,7 @@ from lifelong_moe.storage.files import write_atomic
 from lifelong_moe.storage.keys import canonical_json
 from lifelong_moe.storage.plain import PlainError, from_plain
 from lifelong_moe.storage.stored import read_stored
+from lifelong_moe.tracking.pages.views import View
 
 PORT = 5000
 """On which ``lifelong-moe ui`` serves a local database by default."""
@@ -69,24 +70,33 @@ def run_page(experiment_id: str, run_id: str) -> str:
     return f"#/experiments/{quote(experiment_id)}/runs/{quote(run_id)}"
 
 
-def ui_url(uri: str, experiment_id: str, search: str | None = None, order: str | None = None, port: int = PORT) -> str:
-    """Link to the chart comparison of an experiment.
+def ui_url(uri: str, experiment_id: str, search: str, port: int = PORT) -> str:
+    """Link to charts of some runs.
 
     Args:
         uri: Tracking URI.
         experiment_id: MLflow's experiment id.
-        search: Filter in MLflow's syntax; None shows all runs.
-        order: Key by which the rows are ordered, such as ``params.arm``, ascending; None is MLflow's order.
+        search: Filter in MLflow's syntax.
         port: Of a local database.
-
-    Returns:
-        A link that opens the charts.
     """
+    return f"{_runs(uri, experiment_id, port)}&compareRunsMode=CHART&searchFilter={quote(search)}"
+
+
+def view_url(uri: str, experiment_id: str, view: View, port: int = PORT) -> str:
+    """Link to a saved view: a table of all runs, charts of a choice of them.
+
+    Args:
+        uri: Tracking URI.
+        experiment_id: MLflow's experiment id; the view must be one of its tags.
+        view: The view.
+        port: Of a local database.
+    """
+    # With a filter in the address too, MLflow takes that in place of the whole view.
+    link = f"{_runs(uri, experiment_id, port)}&viewStateShareKey={quote(view.key)}"
+    return f"{link}&compareRunsMode=CHART" if view.search else link
+
+
+def _runs(uri: str, experiment_id: str, port: int) -> str:
     base = without_credentials(shown_address(uri)).rstrip("/") if is_web(uri) else f"http://127.0.0.1:{port}"
     # Without the query MLflow opens a page for language-model traces.
-    link = f"{base}/#/experiments/{experiment_id}/runs?workflowType=machine_learning&compareRunsMode=CHART"
-    if search:
-        link += "&searchFilter=" + quote(search)
-    if order:
-        link += f"&orderByKey={quote(order)}&orderByAsc=true"
-    return link
+    return f"{base}/#/experiments/{experiment_id}/runs?workflowType=machine_learning"

@@ -1,0 +1,1 @@
+"""The MLflow UI: its server, its addresses, and the views that lists of runs open in."""
