@@ -58,6 +58,8 @@ class View:
             # Else MLflow sorts the sections by name, and ours is not the first.
             "isAccordionReordered": True,
             "hideEmptyCharts": True,
+            # By default charts show the first ten rows alone.
+            "runsHiddenMode": "SHOW_ALL",
         }
 
 
@@ -85,7 +87,7 @@ def _bars(measure: str) -> Mapping[str, Any]:
     """A chart of the last values, a bar a run."""
     metric = MEASURES[measure].metric
     chart = {"uuid": f"lifelong-{measure}", "metricSectionId": "lifelong", "deleted": False, "isGenerated": False}
-    return chart | {"type": "BAR", "metricKey": metric, "displayName": metric, "runsCountToCompare": 50}
+    return chart | {"type": "BAR", "metricKey": metric, "displayName": metric, "runsCountToCompare": 100}
 
 
 def _line(measure: str) -> Mapping[str, Any]:
