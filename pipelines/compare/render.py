@@ -134,7 +134,8 @@ def sentences(comparison: Mapping[str, Any]) -> list[str]:
     """What was shown in words: of each arm against the reference, or of the reference if there is no other."""
     found = comparison_verdict(comparison)
     others = [said for name, said in found.items() if name != comparison["reference"]]
-    return [*best(ranking(comparison)), *(sentence for said in others or found.values() for sentence in said)]
+    # By itself, what is said of a leak would not tell whose it is.
+    return [*best(ranking(comparison)), *(" ".join(said) for said in others or found.values())]
 
 
 def markdown(comparison: Mapping[str, Any]) -> str:
