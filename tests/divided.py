@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from lightning.pytorch import Callback, Trainer
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -113,20 +114,20 @@ class Watch(Callback):
 
 
 def take_steps(
-    begin: Begin, accumulate: int, processes: int = 1, nodes: int = 1, strategy: str = "auto"
+    begin: Begin, accumulate: int, processes: int = 1, nodes: int = 1, **settings: Any
 ) -> tuple[dict[str, Tensor], Watch]:
     """Take the steps, each in so many micro-batches of each process; the weights, and what was seen.
 
-    Processes are those of each node.
+    Processes are those of each node; the other settings are keys of ``trainer``.
     """
     (module, dataset), watch = begin(), Watch()
     config = TrainerConfig(
         accelerator="cpu",
         devices=processes,
         num_nodes=nodes,
-        strategy=strategy,
         accumulate_grad_batches=accumulate,
         deterministic=False,
+        **settings,
     )
     phase = replace(module.phase, steps=STEPS)
     data = StageData(dataset, PhaseJob(module.spec, phase, 0, 0, 0, 0, Path(), None, Rollbacks(), config))
@@ -137,17 +138,21 @@ def take_steps(
 
 
 def take_steps_in_ranks(
-    begin: Begin, accumulate: int, processes: int, folder: Path, strategy: str = "auto"
+    begin: Begin, accumulate: int, processes: int, folder: Path, **settings: Any
 ) -> tuple[dict[str, Tensor], Any]:
-    """:func:`take_steps` in several processes; the weights of the first, and its curves."""
-    path = folder / "weights.safetensors"
+    """:func:`take_steps` in several processes; the weights of all of them, and the curves of the first."""
 
     def work(rank: int) -> Any:
-        weights, watch = take_steps(begin, accumulate, processes, strategy=strategy)
+        weights, watch = take_steps(begin, accumulate, processes, **settings)
         whole = {name: one.full_tensor() if isinstance(one, DTensor) else one for name, one in weights.items()}
-        if rank == 0:
-            save_file(whole, path)
+        save_file(whole, folder / f"weights-{rank}.safetensors")
         return watch.curves
 
     curves = run_forked(processes, work, folder)
-    return load_file(path), curves
+    found: dict[str, Tensor] = {}
+    for rank in range(processes):
+        weights = load_file(folder / f"weights-{rank}.safetensors")
+        # What several processes have is the same in each.
+        assert all(torch.equal(found.get(name, tensor), tensor) for name, tensor in weights.items())
+        found |= weights
+    return found, curves

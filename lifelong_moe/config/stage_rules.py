@@ -26,7 +26,7 @@ def require_consistent_stage(run: RunConfig, i: int, stage: StageConfig) -> None
     _check_batch(run, i, stage)
     _check_tokens(run, i, stage)
     _check_finetuning(run, i, stage)
-    _check_sharding(run, i, stage)
+    _check_divided(run, i, stage)
     _check_experts(run, i, stage)
     # Other methods use none of these sections as they are in the configuration.
     if run.continues(i) and run.method == Method.lifelong:
@@ -129,20 +129,28 @@ def _check_finetuning(run: RunConfig, i: int, stage: StageConfig) -> None:
         raise ConfigError(f"stages[{i}].finetune.patience needs trainer.devices=1.")
 
 
-def _check_sharding(run: RunConfig, i: int, stage: StageConfig) -> None:
+def _check_divided(run: RunConfig, i: int, stage: StageConfig) -> None:
     """Require what processes can do that hold parts of the model."""
-    if not run.trainer.is_sharded:
+    if not run.trainer.is_divided:
         return
-    grows = run.continues(i) and run.method == Method.lifelong
+    grows, sharded = run.continues(i) and run.method == Method.lifelong, run.trainer.is_sharded
     refused = {
         f"method={run.method}": run.method in (Method.l2, Method.ewc),
         "frozen.offload=cpu": run.frozen.offload == Offload.cpu,
         f"stages[{i}].penalty.kind={stage.penalty.kind}": grows and stage.penalty.kind != PenaltyKind.none,
         f"stages[{i}].grow.frozen_weights={stage.grow.frozen_weights}": grows
         and stage.grow.frozen_weights != FrozenWeights.full,
+        # Each token is an input of all experts.
+        "routing.competitive=true": run.routing.competitive and not sharded,
+        # Drawn where the expert is, so that results would depend on where that is.
+        f"stages[{i}].finetune.expert_dropout={stage.finetune.expert_dropout:g}": stage.kind == StageKind.finetune
+        and stage.finetune.expert_dropout > 0
+        and not sharded,
     }
+    how = "strategy=fsdp" if sharded else f"expert_parallel={run.trainer.expert_parallel}"
+    remedy = "strategy=ddp" if sharded else "expert_parallel=1"
     for key in (key for key, is_set in refused.items() if is_set):
-        raise ConfigError(f"{key} with trainer.strategy=fsdp is not supported. Set trainer.strategy=ddp.")
+        raise ConfigError(f"{key} with trainer.{how} is not supported. Set trainer.{remedy}.")
 
 
 def _check_experts(run: RunConfig, i: int, stage: StageConfig) -> None:

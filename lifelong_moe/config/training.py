@@ -128,6 +128,12 @@ class TrainerConfig:
     moments, and the whole of a block only while it computes; a teacher is whole in each, and step checkpoints are
     gathered in the first. Stages and step checkpoints are those of ``ddp``: either continues the other's, with any
     number of processes."""
+    expert_parallel: int = 1
+    """Number of processes over which the experts of each layer are spread, with ``strategy=ddp``: each of them, in
+    order, holds every n-th expert of each generation, with its gradient and moments, and text travels to its experts
+    and back. It must divide the number of processes, and each generation's experts. Everything else is whole in each
+    process; a teacher, too. Results are those of ``ddp`` but for rounding, and stages and step checkpoints its own:
+    any number of processes continues them."""
     precision: str = "32-true"
     """Number format. ``32-true``: float32. ``auto``: what is fastest on the device without rounding what trains: on a
     GPU with bfloat16 trainable parameters, their moments and the residual stream in float32, products in bfloat16,
@@ -207,12 +213,30 @@ class TrainerConfig:
         if self.is_sharded and (self.precision not in ("32-true", "auto") or self.compile):
             key = "compile=true" if self.compile else f"precision={self.precision}"
             raise ConfigError(f"trainer.strategy=fsdp does not support trainer.{key}. Set trainer.strategy=ddp.")
-        for key in ("num_nodes", "accumulate_grad_batches", "log_every_n_steps"):
+        for key in ("num_nodes", "expert_parallel", "accumulate_grad_batches", "log_every_n_steps"):
             if getattr(self, key) < 1:
                 raise ConfigError(f"trainer.{key}={getattr(self, key)} must be at least 1.")
+        self._check_expert_parallel()
         for key in ("gradient_clip", "num_workers"):
             if getattr(self, key) < 0:
                 raise ConfigError(f"trainer.{key}={getattr(self, key)} must not be negative.")
+
+    def _check_expert_parallel(self) -> None:
+        """Require processes among which experts can be divided, and what these support."""
+        key = f"trainer.expert_parallel={self.expert_parallel}"
+        if self.processes % self.expert_parallel:
+            raise ConfigError(f"{key} must divide the {self.processes} processes of trainer.devices and num_nodes.")
+        if self.expert_parallel == 1:
+            return
+        if self.is_sharded:
+            raise ConfigError(f"{key} with trainer.strategy=fsdp is not supported. Set trainer.strategy=ddp.")
+        if self.compile:
+            raise ConfigError(f"{key} does not support trainer.compile=true. Set it to false.")
+
+    @property
+    def is_divided(self) -> bool:
+        """Whether no process can compute alone while a stage trains, since each holds a part of the model."""
+        return self.is_sharded or self.expert_parallel > 1
 
     @property
     def is_sharded(self) -> bool:

@@ -26,6 +26,7 @@ from torch.nn.utils.parametrize import ParametrizationList, is_parametrized
 
 from lifelong_moe.config.model import Activation, ExpertsImplementation
 from lifelong_moe.model.feedforward import feed_forward, input_matrix
+from lifelong_moe.ops.collectives import ExpertPlacement
 from lifelong_moe.ops.expert_mlp import Weights, grouped, join, slices
 from lifelong_moe.ops.low_rank import Change, changed, low_rank
 
@@ -43,6 +44,8 @@ class ExpertGeneration(nn.Module):
         super().__init__()
         self.indices = range(first, first + num)
         """Their indices in the layer."""
+        self.here = self.indices
+        """Their places among the layer's experts that this process has."""
         self.tensors = tensors
 
     def __len__(self) -> int:
@@ -160,6 +163,8 @@ class ExpertBanks(nn.Module):
         """Fraction of hidden units dropped in training; set per stage, not part of the state."""
         self.implementation = ExpertsImplementation.auto
         """A setting of the machine, not part of the state."""
+        self.placement: ExpertPlacement | None = None
+        """Where experts are of which this process has a part, while a stage trains."""
         self.register_state_dict_post_hook(self._store_apart)
 
     def __len__(self) -> int:
@@ -298,10 +303,13 @@ class ExpertBanks(nn.Module):
         return ExpertsImplementation.grouped_mm if fits and aligned else ExpertsImplementation.slices
 
     def sorted_from(self, x: Tensor) -> int:
-        """The expert whose rows must come first: with ``grouped_mm`` the first trainable one, else 0."""
+        """The expert whose rows must come first: with ``grouped_mm`` the first trainable one, else 0.
+
+        It is given by its place among the experts of this process.
+        """
         if self.chosen(x) != ExpertsImplementation.grouped_mm or not (around := self._around()) or not around[0]:
             return 0
-        return around[0][0].indices.start
+        return around[0][0].here.start
 
     def join(self) -> None:
         """Move the generations' matrices side by side, as ``grouped_mm`` reads them, which else copies them each time.
@@ -319,7 +327,7 @@ class ExpertBanks(nn.Module):
                 join(each)
 
     def forward(self, rows_ND: Tensor, counts_E: Tensor) -> Tensor:
-        """Each expert on its slice.
+        """Each expert of this process on its slice.
 
         Args:
             rows_ND: Rows sorted by expert ``(N, D)``, starting at expert :meth:`sorted_from` and wrapping around.
@@ -334,7 +342,7 @@ class ExpertBanks(nn.Module):
             around, num_trained = self._around() or ([], 0)
             ins, outs = ([getattr(one, one.tensors[i]) for one in around] for i in (0, 1))
             # In the order of the rows, which start at the first trainable expert.
-            counts_E = counts_E.roll(-around[0].indices.start)
+            counts_E = counts_E.roll(-around[0].here.start)
             return grouped(rows_ND, counts_E, ins, outs, num_trained, self.activation)
         # Waits for the device; `grouped_mm` above does not.
         counts: list[int] = counts_E.tolist()
@@ -345,7 +353,7 @@ class ExpertBanks(nn.Module):
 
     def _in_slices(self, rows_ND: Tensor, counts: list[int]) -> Tensor:
         """Generations in turn: adjacent ones of whole experts at once, each one of low-rank experts by itself."""
-        each = ((one, counts[one.indices.start : one.indices.stop]) for one in self.born if len(one))
+        each = ((one, counts[one.here.start : one.here.stop]) for one in self.born if len(one))
         # Without rows only what trains is asked, for its gradient of zero: old generations cost nothing here.
         asked = [(one, here) for one, here in each if any(here) or (torch.is_grad_enabled() and one.trains)]
         runs: list[list[tuple[ExpertGeneration, list[int]]]] = []

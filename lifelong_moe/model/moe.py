@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 from lifelong_moe.config.parts import Part, Place
 from lifelong_moe.model.experts import ExpertBanks
 from lifelong_moe.model.feedforward import FeedForward
+from lifelong_moe.ops.collectives import parallel_experts
 from lifelong_moe.ops.initializers import fan_in_normal_
 from lifelong_moe.routing.base import Router, Routing, RoutingContext
 
@@ -77,7 +78,7 @@ class MoELayer(nn.Module):
     def forward(self, x_TD: Tensor, context: RoutingContext) -> tuple[Tensor, Routing]:
         """``(T, D)`` to ``(T, D)``, and the router's decision."""
         routing = self.router(x_TD, context)
-        first = self.banks.sorted_from(x_TD)
+        first = 0 if self.banks.placement else self.banks.sorted_from(x_TD)
         # shape: (N, D), sorted by expert
         rows_ND = routing.dispatch(x_TD, first)
         # shape: (N, D)
@@ -87,7 +88,12 @@ class MoELayer(nn.Module):
         return self._with_shared(x_TD, routed_TD), routing
 
     def _experts(self, rows_ND: Tensor, counts_E: Tensor) -> Tensor:
-        # The router is not recomputed: it may count tokens or draw noise.
+        if (placement := self.banks.placement) is None:
+            return self._experts_here(rows_ND, counts_E)
+        return parallel_experts(rows_ND, counts_E, placement, self._experts_here, self.banks.sorted_from(rows_ND))
+
+    def _experts_here(self, rows_ND: Tensor, counts_E: Tensor) -> Tensor:
+        # The router is not recomputed: it may count tokens or draw noise. Nor do rows travel twice.
         if self.recomputes and torch.is_grad_enabled():
             return checkpoint(self.banks, rows_ND, counts_E, use_reentrant=False)
         return self.banks(rows_ND, counts_E)

@@ -93,8 +93,13 @@ def memory_need(spec: StageSpec, architecture: Architecture, trainer: TrainerCon
     Args:
         spec: The stage.
         architecture: At its end.
-        trainer: How many processes train and load data, and whether activations are recomputed.
+        trainer: How many processes train and load data, what each holds, and whether activations are recomputed.
+
+    Raises:
+        ConfigError: If processes cannot share its experts evenly.
     """
+    if trainer.expert_parallel > 1:
+        _require_divisible(architecture, trainer.expert_parallel)
     size, counts = BYTES[spec.precision], parameters_by_part(architecture)
     trainable = trainable_parameters(spec, architecture)
     sources: Counter[str] = Counter()
@@ -103,9 +108,14 @@ def memory_need(spec: StageSpec, architecture: Architecture, trainer: TrainerCon
         is_delta = generation is not None and not part.is_routed
         source = "trunk.rank" if spec.delta_rank else "vocabulary.add"
         sources[source if is_delta else _SOURCES.get(part, "model.width or model.layers")] += number
-    # A process has a gradient and moments of its own, unless it has a part of them; frozen weights stay shared after
-    # the fork.
-    own = size * trainable * (1 if trainer.is_sharded else trainer.processes)
+    # A process has a gradient and moments of its own, unless it has a part of them; frozen weights are counted once.
+    trained_experts = sum(
+        number
+        for (part, generation), number in counts.items()
+        if part == Part.expert and spec.trains_part(architecture, part, generation)
+    )
+    copies, of_experts = trainer.processes, trainer.processes // trainer.expert_parallel
+    own = size * (trainable if trainer.is_sharded else copies * trainable - (copies - of_experts) * trained_experts)
     kind = FrozenWeights.full if spec.grow is None else spec.grow.frozen_weights
     frozen = {FrozenWeights.full: size, FrozenWeights.half: 2, FrozenWeights.int8: 1}[kind]
     tokens = spec.optim.batch_tokens // spec.accumulate
@@ -120,6 +130,21 @@ def memory_need(spec: StageSpec, architecture: Architecture, trainer: TrainerCon
         loaders=LOADER_BYTES * trainer.num_workers * trainer.processes,
         most=max(sources, key=lambda keys: sources[keys]),
     )
+
+
+def _require_divisible(architecture: Architecture, ranks: int) -> None:
+    """Refuse experts that processes cannot share evenly, or one by one."""
+    key = f"trainer.expert_parallel={ranks}"
+    for generation in architecture.generations:
+        for experts in sorted(set(generation.experts_by_layer(architecture.model.layers))):
+            if experts % ranks:
+                raise ConfigError(
+                    f"{key} must divide the experts that each stage adds to a layer, and stage {generation.stage} has "
+                    f"{experts}."
+                )
+        if generation.rank:
+            # What an expert changes may be elsewhere.
+            raise ConfigError(f"{key} does not support low-rank experts, which stage {generation.stage} has.")
 
 
 def _kept_numbers(spec: StageSpec, architecture: Architecture, trainer: TrainerConfig) -> int:

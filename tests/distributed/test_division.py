@@ -31,11 +31,11 @@ def in_float64(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Tensor, "float", Tensor.double)
 
 
-def compare(make_run: MakeRun, make_model: MakeModel, folder: Path, case: str, router: str, accumulate: int) -> None:
+def compare(make_run: MakeRun, make_model: MakeModel, folder: Path, case: str, router: str, parts: int = 1) -> None:
     kind, routing = router.partition(",")[0], {"balance_loss": 0.5, **ROUTERS[router]}
     begin = second_stage(make_run, make_model, case, kind, **routing)
-    two, curves = take_steps_in_ranks(begin, accumulate, 2, folder)
-    one, watch = take_steps(begin, accumulate)
+    two, curves = take_steps_in_ranks(begin, 2, 2, folder, expert_parallel=parts)
+    one, watch = take_steps(begin, 2)
     assert two.keys() == one.keys()
     for name, tensor in one.items():
         torch.testing.assert_close(two[name], tensor, rtol=1e-8, atol=1e-10)
@@ -46,11 +46,12 @@ def compare(make_run: MakeRun, make_model: MakeModel, folder: Path, case: str, r
 def test_two_processes_take_the_steps_of_one(
     make_run: MakeRun, make_model: MakeModel, tmp_path: Path, case: str
 ) -> None:
-    compare(make_run, make_model, tmp_path, case, "learned", 2)
+    compare(make_run, make_model, tmp_path, case, "learned")
 
 
+@pytest.mark.parametrize(("case", "parts"), [("penalty", 1), ("replay, distilled", 2)], ids=["whole", "experts apart"])
 @pytest.mark.parametrize("router", ROUTERS)
 def test_router_losses_are_those_of_all_processes(
-    make_run: MakeRun, make_model: MakeModel, tmp_path: Path, router: str
+    make_run: MakeRun, make_model: MakeModel, tmp_path: Path, router: str, case: str, parts: int
 ) -> None:
-    compare(make_run, make_model, tmp_path, "penalty", router, 2)
+    compare(make_run, make_model, tmp_path, case, router, parts)

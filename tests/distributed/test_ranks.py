@@ -452,6 +452,39 @@ def test_curves_are_sent_once(lab: Path, monkeypatch: pytest.MonkeyPatch) -> Non
             ("trainer.strategy=fsdp", "frozen.offload=cpu"),
             "frozen.offload=cpu with trainer.strategy=fsdp is not supported. Set trainer.strategy=ddp.",
         ),
+        *(
+            (
+                ("trainer.expert_parallel=2", *overrides),
+                f"{key} with trainer.expert_parallel=2 is not supported. Set trainer.expert_parallel=1.",
+            )
+            for key, overrides in {
+                "frozen.offload=cpu": ["frozen.offload=cpu"],
+                "method=ewc": ["method=ewc"],
+                "stages[1].penalty.kind=l2": ["stage_defaults.penalty={kind: l2, weight: 0.1}"],
+                "stages[1].grow.frozen_weights=int8": ["stage_defaults.grow.frozen_weights=int8"],
+                "routing.competitive=true": ["routing.mode=dense", "routing.competitive=true"],
+            }.items()
+        ),
+        (
+            ("trainer.expert_parallel=2", "trainer.compile=true"),
+            "trainer.expert_parallel=2 does not support trainer.compile=true. Set it to false.",
+        ),
+        (
+            ("trainer.expert_parallel=2", "trainer.strategy=fsdp"),
+            "trainer.expert_parallel=2 with trainer.strategy=fsdp is not supported. Set trainer.strategy=ddp.",
+        ),
+        (
+            ("trainer.expert_parallel=3",),
+            "trainer.expert_parallel=3 must divide the 2 processes of trainer.devices and num_nodes.",
+        ),
+        (
+            ("trainer.expert_parallel=2", "stage_defaults.grow.experts=3"),
+            "trainer.expert_parallel=2 must divide the experts that each stage adds to a layer, and stage code has 3.",
+        ),
+        (
+            ("trainer.expert_parallel=2", "stage_defaults.grow.rank=2"),
+            "trainer.expert_parallel=2 does not support low-rank experts, which stage code has.",
+        ),
         (
             ("trainer.devices=1", "trainer.num_nodes=2"),
             "trainer.num_nodes=2: only `lifelong-moe run`, started on each machine by torchrun or srun, trains on "

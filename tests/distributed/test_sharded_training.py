@@ -72,7 +72,7 @@ def test_steps_are_those_of_one_process(
     module, _ = begin()
     frozen = {name: one for name, one in module.model.state_dict().items() if f"model.{name}" in module.frozen}
     assert frozen
-    found, curves = take_steps_in_ranks(begin, 2, ranks, tmp_path, "fsdp")
+    found, curves = take_steps_in_ranks(begin, 2, ranks, tmp_path, strategy="fsdp")
     one, watch = take_steps(begin, 2)
     assert found.keys() == one.keys()
     assert curves == [pytest.approx(curve, abs=1e-10) for curve in watch.curves]

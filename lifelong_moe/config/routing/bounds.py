@@ -21,6 +21,7 @@ LARGEST = {
     "num_workers": 1_024,
     "devices": 1_024,
     "num_nodes": 1_024,
+    "expert_parallel": 1_024,
     # Rows of a matrix of draws or of features.
     "resamples": 100_000,
     "permutations": 100_000,

@@ -198,7 +198,7 @@ def fit_in_rank(rank: int, folder: Path, here: Surroundings) -> int | None:
 def _watches(rank: int, trainer: TrainerConfig) -> bool:
     """Whether a rank looks at forgetting."""
     # A forward pass in evaluation mode needs no other rank, unless they hold the rest of the model.
-    return rank == 0 or trainer.is_sharded
+    return rank == 0 or trainer.is_divided
 
 
 def _watch_plain(watch: ForgettingWatch) -> Plain:

@@ -15,7 +15,7 @@ from typing import Any, Literal, TypedDict
 
 import torch
 from lightning.pytorch import LightningModule
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
@@ -24,7 +24,7 @@ from lifelong_moe.model.deltas import join_changes, part_changes
 from lifelong_moe.model.offload import WeightStreamer, offloaded
 from lifelong_moe.model.tokens import TokenBatch
 from lifelong_moe.model.transformer import LanguageModel, ModelOutput
-from lifelong_moe.ops.collectives import sum_over_ranks
+from lifelong_moe.ops.collectives import num_ranks, sum_over_ranks
 from lifelong_moe.ops.losses import TeacherTargets, distillation_loss, linear_losses
 from lifelong_moe.plan.phase import Phase, Trains
 from lifelong_moe.plan.spec import StageSpec
@@ -258,7 +258,7 @@ class StageModule(LightningModule):
         """
         # Lightning calls this once a step, on the accumulated and all-reduced gradient: the place for a verdict on it.
         parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-        norm = _total_norm([p.grad for p in parameters if p.grad is not None])
+        norm = self._total_norm(parameters)
         # The step's only transfer from the device; everything on the host waits for it.
         self.grad_norm = self.means.finish_step(norm)
         loss = self.means.values.get("loss")  # absent in a step of prompts alone
@@ -277,6 +277,25 @@ class StageModule(LightningModule):
         log.warning("stage %s, step %d: %s; step skipped", self.spec.name, self.global_step, reason)
         if self.guard.nonfinite_in_a_row == MAX_NONFINITE:
             raise NonfiniteStepsError(self.spec, self.phase, self.global_step)
+
+    def _total_norm(self, parameters: Sequence[nn.Parameter]) -> Tensor:
+        """Norm of all gradients, the same on each process, also where each has a part of some, or of all."""
+        placements = [one.banks.placement for one in self.model.moe_layers() if one.banks.placement is not None]
+        experts = {p for one in self.model.moe_layers() if placements for p in one.banks.parameters()}
+        whole, sharded, placed = list[Tensor](), list[Tensor](), list[Tensor]()
+        for parameter in parameters:
+            gradient = parameter.grad
+            assert gradient is not None
+            if isinstance(gradient, DTensor):
+                sharded.append(gradient.to_local())
+            else:
+                (placed if parameter in experts else whole).append(gradient)
+        if not sharded and not placed:
+            return torch.nn.utils.get_total_norm(_matrices(whole))
+        # Each group of processes that share the experts has them all.
+        copies = num_ranks() // placements[0].group.size() if placements else 1
+        elsewhere = _square_norm(sharded) + _square_norm(placed) / copies
+        return (_square_norm(whole) + sum_over_ranks(elsewhere)).sqrt()
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         """Step, then let routers adapt the state that no gradient reaches, such as biases for balance."""
@@ -329,12 +348,8 @@ def router_losses(routings: list[Routing]) -> dict[str, tuple[Tensor, Tensor]]:
     }
 
 
-def _total_norm(gradients: Sequence[Tensor]) -> Tensor:
-    """Norm of all gradients, the same on each process, also where each process has a part of every gradient."""
-    local = [gradient.to_local() if isinstance(gradient, DTensor) else gradient for gradient in gradients]
-    norm = torch.nn.utils.get_total_norm(_matrices(local))
-    is_sharded = any(isinstance(gradient, DTensor) for gradient in gradients)
-    return sum_over_ranks(norm.square()).sqrt() if is_sharded else norm
+def _square_norm(gradients: Sequence[Tensor]) -> Tensor:
+    return torch.nn.utils.get_total_norm(_matrices(gradients)).square()
 
 
 def _matrices(gradients: Iterable[Tensor]) -> list[Tensor]:

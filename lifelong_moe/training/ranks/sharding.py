@@ -10,22 +10,21 @@ those of shards are never laid side by side.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from functools import partial
 from typing import Any, cast
 
 import torch
 import torch.distributed as dist
-from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor, nn
 from torch.autograd import Variable
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
-from torch.optim import Optimizer
 
 from lifelong_moe.errors import ConfigError
 from lifelong_moe.model.transformer import LanguageModel
+from lifelong_moe.training.ranks.gathering import GatheringStrategy
 
 
 def shard_model(model: LanguageModel, mesh: DeviceMesh) -> None:
@@ -146,7 +145,7 @@ class UnusedParameters:
                 self._missing[place] = 1
 
 
-class ShardedStrategy(DDPStrategy):
+class ShardedStrategy(GatheringStrategy):
     """Lightning's DDP with a sharded model in place of DDP's wrapper; checkpoints pass through ``CheckpointIO``.
 
     Lightning's own ``ModelParallelStrategy`` writes and reads them with pickle.
@@ -181,23 +180,16 @@ class ShardedStrategy(DDPStrategy):
         module: Any = self.lightning_module
         return {name: self._gathered(one) for name, one in module.state_dict().items() if name not in module.frozen}
 
-    def optimizer_state(self, optimizer: Optimizer) -> Any:
-        """An optimizer's state, whole on rank 0."""
-        state: Any = super().optimizer_state(optimizer)
-        moments = {
-            number: {name: self._gathered(value) for name, value in one.items()}
-            for number, one in state["state"].items()
-        }
-        return {**state, "state": moments}
+    def gathered(self, value: Any, parameter: nn.Parameter) -> Any:
+        """A tensor that is whole on rank 0, and elsewhere empty if it is divided."""
+        return self._gathered(value)
 
-    def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
-        """Give each rank its part of whole states."""
-        states = []
-        for optimizer, state in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
-            parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-            moments = {number: _divided(one, parameters, number) for number, one in state["state"].items()}
-            states.append({**state, "state": moments})
-        super().load_optimizer_state_dict({**checkpoint, "optimizer_states": states})
+    def divided(self, value: Tensor, parameter: nn.Parameter) -> Tensor:
+        """This rank's part of a tensor."""
+        if not isinstance(parameter, DTensor):
+            return value
+        # All ranks have read the file: none has to send.
+        return distribute_tensor(value, parameter.device_mesh, parameter.placements, src_data_rank=None)
 
     def _gathered(self, value: Any) -> Any:
         if not isinstance(value, DTensor):
@@ -205,13 +197,3 @@ class ShardedStrategy(DDPStrategy):
         whole = value.full_tensor()
         # One tensor at a time is whole on the others, which write nothing.
         return whole if self.is_global_zero else whole.new_empty(0)
-
-
-def _divided(moments: Mapping[str, Any], parameters: Sequence[nn.Parameter], number: int) -> Mapping[str, Any]:
-    """A parameter's optimizer state, divided as the parameter is; its count of steps stays whole."""
-    like = parameters[number]
-    if not isinstance(like, DTensor):
-        return moments
-    # All ranks have read the file: none has to send.
-    share = partial(distribute_tensor, device_mesh=like.device_mesh, placements=like.placements, src_data_rank=None)
-    return {name: value if name == "step" else share(value) for name, value in moments.items()}

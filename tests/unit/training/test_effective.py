@@ -164,6 +164,7 @@ RUN = [
     *none("", "run=other", "stage_defaults.tokens=641"),
     *none("", "method=replay", context=(*NO_GROWTH, *NO_REPLAY[1:], "stage_defaults.trunk.train=full")),
     *none("trainer.", "accelerator=cpu", "devices=2", "num_nodes=2", "strategy=ddp", "experts_implementation=readable"),
+    *none("trainer.", "expert_parallel=2", context=("trainer.devices=2",)),
     *none("trainer.", "cache_teacher=true", "activation_checkpointing=true", "compile=true", "num_workers=1"),
     *none("trainer.", "log_every_n_steps=1", "enable_progress_bar=false", "deterministic=true", "benchmark=true"),
     *none("trainer.", "detect_anomaly=true", "profiler=simple"),
