@@ -131,7 +131,7 @@ def _arrived(inbox: InboxConfig, bad_lines: BadLines | None) -> Inbox | None:
         return read_inbox(Path(inbox.path), source, bad_lines)
     from lifelong_moe.data.text.hub import hub_documents
 
-    documents = hub_documents(source, Quota(MAX_INBOX_BYTES, "the inbox"))
+    documents = list(hub_documents(source, Quota(MAX_INBOX_BYTES, "the inbox")))
     return Inbox(documents, [{"name": f"{inbox.hf}@{inbox.revision}"}], None) if documents else None
 
 

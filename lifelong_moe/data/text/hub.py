@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,8 +19,11 @@ from lifelong_moe.redaction import shortened
 _MAX_REASON_CHARS = 300
 
 
-def hub_documents(config: SourceConfig, quota: Quota | None = None, *, asks: bool = True) -> list[Document]:
-    """Download (or find in the cache) one split and read its documents.
+def hub_documents(config: SourceConfig, quota: Quota | None = None, *, asks: bool = True) -> Iterator[Document]:
+    """Download (or find in the cache) one split, and read its documents one after the other.
+
+    The hub's library keeps what it downloads, so a download that ended early goes on, and maps rows from disk: memory
+    does not grow with them. Its streaming mode would keep nothing, and text is needed more than once.
 
     Args:
         config: ``hf``, ``name``, ``split``, ``revision``, ``text_field``, ``source_field``.
@@ -28,8 +31,8 @@ def hub_documents(config: SourceConfig, quota: Quota | None = None, *, asks: boo
         asks: Whether the hub may be asked; otherwise only its cache is read, and nothing is sent.
 
     Raises:
-        DataError: The dataset cannot be had (unknown, gated, or not in the cache while offline), a row has no usable
-            text, or there is more than may be read.
+        DataError: The dataset cannot be had (unknown, gated, or not in the cache while offline); while documents are
+            taken: a row has no usable text, or there is more than may be read.
         ResourceError: The disk is full.
         TryAgainError: The hub cannot be reached, or asks to come back later.
     """
@@ -49,15 +52,20 @@ def hub_documents(config: SourceConfig, quota: Quota | None = None, *, asks: boo
     read = (config.text_field, config.source_field, config.answer_field)
     # Other columns, such as images, would be decoded for each row.
     rows = rows.select_columns([name for name in read if name in names])
-    portion, documents = Portion(Path(place), 0, quota or Quota()), []
+    return _documents(rows, place, config, quota or Quota())
+
+
+def _documents(
+    rows: Iterable[Mapping[str, object]], place: str, config: SourceConfig, quota: Quota
+) -> Iterator[Document]:
+    portion = Portion(Path(place), 0, quota)
     for number, row in enumerate(rows, start=1):
         where = f"{place}:{number}"
         lengths = [len(value) for value in row.values() if isinstance(value, str)]
         if any(length > MAX_LINE_BYTES for length in lengths):
             raise DataError(f"{where}: text is longer than {MAX_LINE_BYTES >> 20} MiB.")
         portion.hold(sum(lengths) + DOCUMENT_BYTES)
-        documents.append(document_from(row, where, config.text_field, config.source_field, config.answer_field))
-    return documents
+        yield document_from(row, where, config.text_field, config.source_field, config.answer_field)
 
 
 @dataclass(frozen=True)

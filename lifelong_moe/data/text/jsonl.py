@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import partial
 from typing import Any
 
@@ -55,7 +55,7 @@ def read_jsonl(
 
 
 def document_from(
-    row: dict[str, Any], where: str, text_field: str, source_field: str, answer_field: str | None = None
+    row: Mapping[str, Any], where: str, text_field: str, source_field: str, answer_field: str | None = None
 ) -> Document:
     """Turn one record (of JSONL, Parquet or a Hugging Face dataset) into a document.
 

@@ -74,7 +74,7 @@ class SplitManifest:
     """What came of a distribution's files."""
 
     files: Mapping[str, SeenFile]
-    """By path, as the configuration leads to it."""
+    """By path, as the configuration leads to it; none of a dataset of the hub, which its commit describes."""
     outcomes: tuple[FileOutcome, ...]
     train: PartSummary
     heldout: PartSummary

@@ -47,17 +47,15 @@ def read_corpus(name: str, config: SourceConfig, cache: Path, within: Sequence[P
     """
     if within is not None:
         _require_within(config, within)
-    if config.hf is not None:
-        from lifelong_moe.data.text.hub import hub_documents
-
-        return build_corpus(name, hub_documents(config, asks=within is None), config, cache=cache)
-    known, mode = split_manifest(config, _paths(config, cache), cache)
+    # A dataset of the hub has no files of ours: its commit says what it holds.
+    paths = [] if config.hf is not None else _paths(config, cache)
+    known, mode = split_manifest(config, paths, cache)
     if known is None:
-        return _read(name, config, cache)
+        return _read(name, config, cache, asks=within is None)
 
     @functools.cache
     def again() -> Corpus:
-        found = _read(name, config, cache)
+        found = _read(name, config, cache, asks=within is None)
         # Tokens and near copies are known of the text that the manifest says.
         if replace(_manifest(found, known.files), outcomes=known.outcomes) != known:
             # If the manifest is wrong, and no file has changed, the next start would end here as well.
@@ -91,10 +89,14 @@ def _paths(config: SourceConfig, cache: Path) -> list[Path]:
     return sorted({path for one in named for path in matching_files(one)})
 
 
-def _read(name: str, config: SourceConfig, cache: Path) -> Corpus:
-    """Read and split a distribution's files."""
+def _read(name: str, config: SourceConfig, cache: Path, *, asks: bool) -> Corpus:
+    """Read and split a distribution's documents; ``asks`` is whether the hub may be asked for them."""
     seen: dict[str, SeenFile | None] = {}
-    if config.builtin is not None:
+    if config.hf is not None:
+        from lifelong_moe.data.text.hub import hub_documents
+
+        corpus = build_corpus(name, hub_documents(config, asks=asks), config, cache=cache)
+    elif config.builtin is not None:
         from lifelong_moe.data.text.builtin import builtin_documents, builtin_path
 
         corpus = build_corpus(name, builtin_documents(config.builtin, cache), config, cache=cache)
@@ -114,7 +116,8 @@ def _read(name: str, config: SourceConfig, cache: Path) -> Corpus:
         corpus = replace(corpus, files=settled(corpus))
         seen = {path: file for one in both for path, file in one.seen.items()}
     known = {path: file for path, file in seen.items() if file is not None}
-    if not known or len(known) < len(seen):
+    # Without a file of the cache, nothing says which text the installed packages carry.
+    if len(known) < len(seen) or (not known and config.hf is None):
         return corpus
     found = _manifest(corpus, known)
     remember = functools.partial(write_split, config, found, cache, corpus.mode)

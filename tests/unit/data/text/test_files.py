@@ -1,8 +1,12 @@
 """Globs, kinds of files, and what is never loaded."""
 
+from __future__ import annotations
+
 import gzip
 import json
 import os
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -154,6 +158,53 @@ def test_hub_rows_become_documents(monkeypatch: pytest.MonkeyPatch) -> None:
         hub_documents(SourceConfig(hf="some/data", revision=HUB.revision, text_field="body"))
 
 
+def test_a_dataset_of_the_hub_is_read_row_by_row_and_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Rows:
+        column_names = ("text", "image")
+        read = 0
+
+        def select_columns(self, names: list[str]) -> Rows:
+            assert names == ["text"]
+            return self
+
+        def __iter__(self) -> Iterator[dict[str, str]]:
+            for number in range(30):
+                self.read += 1
+                yield {"text": f"document {number}"}
+
+    rows, loads = Rows(), list[object]()
+    monkeypatch.setattr("datasets.load_dataset", lambda *asked, **_: loads.append(asked) or rows)
+    documents = hub_documents(HUB)
+    assert (next(documents).text, rows.read) == ("document 0", 1)
+    config, cache = replace(HUB, heldout_fraction=0.3), tmp_path / "cache"
+    first = read_corpus("a", config, cache)
+    assert first.remember is not None and len(loads) == 2
+    first.remember()
+    again = read_corpus("a", config, cache)
+    assert len(loads) == 2 and again.heldout_hash == first.heldout_hash and len(again.train) == len(first.train)
+    assert [document.text for document in again.train] == [document.text for document in first.train]
+    assert len(loads) == 3  # the text itself was asked for
+    # Another commit is another dataset, and a fault of it is told as before.
+    read_corpus("a", replace(config, revision="f" * 40), cache)
+    assert len(loads) == 4
+
+
+def test_what_a_manifest_says_of_a_dataset_is_compared_with_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import datasets
+
+    texts = [f"document {number}" for number in range(30)]
+    monkeypatch.setattr("datasets.load_dataset", lambda *_, **__: datasets.Dataset.from_dict({"text": texts}))
+    config = replace(HUB, heldout_fraction=0.3)
+    first = read_corpus("a", config, tmp_path)
+    assert first.remember is not None
+    first.remember()
+    texts[0] = "another"
+    with pytest.raises(DataError, match="has changed since this command began"):
+        list(read_corpus("a", config, tmp_path).train)
+    again = read_corpus("a", config, tmp_path)
+    assert "another" in {document.text for part in (again.train, again.heldout) for document in part}
+
+
 def test_hub_errors_are_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     import datasets
 
@@ -276,9 +327,9 @@ def test_a_dataset_of_the_hub_is_bounded_as_well(monkeypatch: pytest.MonkeyPatch
     rows = datasets.Dataset.from_dict({"text": ["one", "three"]})
     monkeypatch.setattr("datasets.load_dataset", lambda *_, **__: rows)
     size = 2 * limits.DOCUMENT_BYTES + len("onethree")
-    assert len(hub_documents(HUB, limits.Quota(size))) == 2
+    assert len(list(hub_documents(HUB, limits.Quota(size)))) == 2
     with pytest.raises(DataError, match="hf=some/data@01234567: the inbox may hold"):
-        hub_documents(HUB, limits.Quota(size - 1, "the inbox"))
+        list(hub_documents(HUB, limits.Quota(size - 1, "the inbox")))
     monkeypatch.setattr("lifelong_moe.data.text.hub.MAX_LINE_BYTES", 4)
     with pytest.raises(DataError, match="hf=some/data@01234567:2: text is longer than"):
-        hub_documents(HUB)
+        list(hub_documents(HUB))
