@@ -129,11 +129,10 @@ class TrainerConfig:
     gathered in the first. Stages and step checkpoints are those of ``ddp``: either continues the other's, with any
     number of processes."""
     expert_parallel: int = 1
-    """Number of processes over which the experts of each layer are spread, with ``strategy=ddp``: each of them, in
-    order, holds every n-th expert of each generation, with its gradient and moments, and text travels to its experts
-    and back. It must divide the number of processes, and each generation's experts. Everything else is whole in each
-    process; a teacher, too. Results are those of ``ddp`` but for rounding, and stages and step checkpoints its own:
-    any number of processes continues them."""
+    """Number of processes among which the experts of each layer are divided: each of them, in order, holds every n-th
+    expert of each generation, with its gradient and moments, and text travels to its experts and back. It must divide
+    the number of processes, and each generation's experts. Everything else is as ``strategy`` says. Results are those
+    of ``ddp`` but for rounding, and stages and step checkpoints its own: any number of processes continues them."""
     precision: str = "32-true"
     """Number format. ``32-true``: float32. ``auto``: what is fastest on the device without rounding what trains: on a
     GPU with bfloat16 trainable parameters, their moments and the residual stream in float32, products in bfloat16,
@@ -228,8 +227,6 @@ class TrainerConfig:
             raise ConfigError(f"{key} must divide the {self.processes} processes of trainer.devices and num_nodes.")
         if self.expert_parallel == 1:
             return
-        if self.is_sharded:
-            raise ConfigError(f"{key} with trainer.strategy=fsdp is not supported. Set trainer.strategy=ddp.")
         if self.compile:
             raise ConfigError(f"{key} does not support trainer.compile=true. Set it to false.")
 

@@ -114,8 +114,9 @@ def memory_need(spec: StageSpec, architecture: Architecture, trainer: TrainerCon
         for (part, generation), number in counts.items()
         if part == Part.expert and spec.trains_part(architecture, part, generation)
     )
-    copies, of_experts = trainer.processes, trainer.processes // trainer.expert_parallel
-    own = size * (trainable if trainer.is_sharded else copies * trainable - (copies - of_experts) * trained_experts)
+    copies = 1 if trainer.is_sharded else trainer.processes
+    apart = trainer.processes // trainer.expert_parallel if trainer.expert_parallel > 1 else copies
+    own = size * (copies * (trainable - trained_experts) + apart * trained_experts)
     kind = FrozenWeights.full if spec.grow is None else spec.grow.frozen_weights
     frozen = {FrozenWeights.full: size, FrozenWeights.half: 2, FrozenWeights.int8: 1}[kind]
     tokens = spec.optim.batch_tokens // spec.accumulate

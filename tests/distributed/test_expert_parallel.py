@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from lightning.pytorch import Trainer
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from lifelong_moe.config.model import ExpertsImplementation
 from lifelong_moe.config.run import RunConfig
@@ -30,13 +31,16 @@ from lifelong_moe.store.stages import StageStore
 from lifelong_moe.training.callbacks.checkpoint import SafeCheckpointIO
 from lifelong_moe.training.loop.module import StageModule, router_losses
 from lifelong_moe.training.ranks import supervise
-from lifelong_moe.training.ranks.expert_parallel import place_experts
+from lifelong_moe.training.ranks.experts import place_experts
 from tests.conftest import ROUTER_KINDS
 from tests.divided import MakeModel, MakeRun, Watch, second_stage, take_steps, take_steps_in_ranks
 from tests.forked import run_forked
 from tests.tiny import fork, kill_self, tiny_config, train, write_config
 
-pytestmark = pytest.mark.usefixtures("forked")
+pytestmark = [
+    pytest.mark.usefixtures("forked"),
+    pytest.mark.filterwarnings("ignore:FSDP2-wrapped module .* returned a view tensor"),
+]
 
 
 @pytest.fixture
@@ -119,22 +123,27 @@ def assert_divided(trainer: Trainer, module: StageModule, parts: int, experts: S
 @pytest.mark.parametrize(
     "setting",
     [
-        ("learned", "replay, distilled", 2, 2),
-        ("learned", "answers, distilled, and replay", 2, 1),
-        ("learned", "review", 2, 2),
-        ("learned", "replay, distilled", 4, 1),
-        ("bundles", "replay, distilled", 2, 2),
-        ("bundles", "replay, distilled", 4, 1),
+        ("learned", "replay, distilled", 2, 2, "ddp"),
+        ("learned", "answers, distilled, and replay", 2, 1, "ddp"),
+        ("learned", "review", 2, 2, "ddp"),
+        ("learned", "replay, distilled", 4, 1, "ddp"),
+        ("bundles", "replay, distilled", 2, 2, "ddp"),
+        ("bundles", "replay, distilled", 4, 1, "ddp"),
+        ("learned", "answers, distilled, and replay", 2, 2, "fsdp"),
+        ("learned", "review", 4, 1, "fsdp"),
+        ("bundles", "replay, distilled", 2, 2, "fsdp"),
+        ("bundles", "replay, distilled", 4, 1, "fsdp"),
     ],
+    ids=str,
 )
 def test_steps_are_those_of_one_process(
     make_run: MakeRun,
     make_model: MakeModel,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
-    setting: tuple[str, str, int, int],
+    setting: tuple[str, str, int, int, str],
 ) -> None:
-    kind, case, ranks, accumulate = setting
+    kind, case, ranks, accumulate, strategy = setting
 
     def make(_: str, generations: tuple[int, ...], **settings: Any) -> LanguageModel:
         if kind == "learned":
@@ -159,9 +168,12 @@ def test_steps_are_those_of_one_process(
     def on_before_zero_grad(_: Watch, trainer: Trainer, module: StageModule, *args: Any) -> None:
         if trainer.global_step and "review" not in case:
             assert_divided(trainer, module, 2, experts)
+        # What is outside of blocks is whole here, between forward and backward pass.
+        others = [p for name, p in module.model.blocks.named_parameters() if ".moe.banks." not in name]
+        assert all(isinstance(parameter, DTensor) == (strategy == "fsdp") for parameter in others)
 
     monkeypatch.setattr(Watch, "on_before_zero_grad", on_before_zero_grad)
-    found, curves = take_steps_in_ranks(begin, accumulate, ranks, tmp_path, expert_parallel=2)
+    found, curves = take_steps_in_ranks(begin, accumulate, ranks, tmp_path, expert_parallel=2, strategy=strategy)
     assert found.keys() == one.keys()
     assert all(curve["grad_norm"] > module.spec.gradient_clip for curve in watch.curves)
     assert curves == [pytest.approx(curve, rel=1e-10, abs=1e-10) for curve in watch.curves]
@@ -170,7 +182,10 @@ def test_steps_are_those_of_one_process(
     assert all(torch.equal(found[name], tensor) for name, tensor in frozen.items())
 
 
-def test_experts_may_be_all_that_trains(make_run: MakeRun, make_model: MakeModel, tmp_path: Path) -> None:
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_experts_may_be_all_that_trains(
+    make_run: MakeRun, make_model: MakeModel, tmp_path: Path, strategy: str
+) -> None:
     def make(kind: str, generations: tuple[int, ...], **settings: Any) -> LanguageModel:
         model = make_model(kind, generations, **settings)
         for parameter in model.trunk_parameters().values():
@@ -178,7 +193,7 @@ def test_experts_may_be_all_that_trains(make_run: MakeRun, make_model: MakeModel
         return model
 
     begin = second_stage(make_run, make, "new text, half of it distilled", "hash")
-    found, curves = take_steps_in_ranks(begin, 2, 2, tmp_path, expert_parallel=2)
+    found, curves = take_steps_in_ranks(begin, 2, 2, tmp_path, expert_parallel=2, strategy=strategy)
     one, watch = take_steps(begin, 2)
     assert curves == [pytest.approx(curve, rel=1e-5) for curve in watch.curves]
     for name, tensor in one.items():
@@ -214,17 +229,21 @@ def test_a_stage_goes_on_with_other_numbers_of_processes(lab: Path, monkeypatch:
         {name: (t.shape, t.dtype) for name, t in one.items()} for one in tensors[1:]
     ]
     found = []
-    ways = ((spread, 1, 1), (spread, 2, 2), (spread, 4, 2), (spread, 2, 1), (alone, 2, 2))
-    for root, number, parts in ways:
+    ways = (
+        (spread, 1, 1, "ddp"),
+        (spread, 2, 2, "ddp"),
+        (spread, 4, 2, "fsdp"),
+        (spread, 2, 1, "fsdp"),
+        (alone, 2, 2, "ddp"),
+        (alone, 4, 2, "ddp"),
+        (alone, 2, 2, "fsdp"),
+    )
+    for root, number, parts, strategy in ways:
         shutil.copytree(root, "mlruns")
-        _, printed = train("tiny.yaml", *processes(number, parts))
+        _, printed = train("tiny.yaml", *processes(number, parts), f"trainer.strategy={strategy}")
         assert "code: continuing from step-0-00000004" in printed
         found.append(newest())
         shutil.rmtree("mlruns")
-    shutil.copytree(spread, "mlruns")
-    train("tiny.yaml", *processes(2), "trainer.strategy=fsdp")
-    found.append(newest())
-    shutil.rmtree("mlruns")
     train("tiny.yaml", *processes(1))
     expected = newest()
     for one in found:

@@ -470,8 +470,8 @@ def test_curves_are_sent_once(lab: Path, monkeypatch: pytest.MonkeyPatch) -> Non
             "trainer.expert_parallel=2 does not support trainer.compile=true. Set it to false.",
         ),
         (
-            ("trainer.expert_parallel=2", "trainer.strategy=fsdp"),
-            "trainer.expert_parallel=2 with trainer.strategy=fsdp is not supported. Set trainer.strategy=ddp.",
+            ("trainer.expert_parallel=2", "trainer.strategy=fsdp", "routing.mode=dense", "routing.competitive=true"),
+            "routing.competitive=true with trainer.expert_parallel=2 is not supported. Set trainer.expert_parallel=1.",
         ),
         (
             ("trainer.expert_parallel=3",),

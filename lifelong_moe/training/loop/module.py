@@ -35,7 +35,7 @@ from lifelong_moe.routing.base import Routing
 from lifelong_moe.training.loop.guard import StepGuard, Verdict
 from lifelong_moe.training.loop.handover import PhaseModels
 from lifelong_moe.training.loop.means import StepMeans
-from lifelong_moe.training.loop.optimizer import build_optimizer, build_schedule
+from lifelong_moe.training.loop.optimizer import build_optimizer, build_schedule, by_kind
 from lifelong_moe.training.loop.random_state import RandomState, random_states, restore_random_state
 from lifelong_moe.training.loop.rollback import MAX_NONFINITE, NonfiniteStepsError
 from lifelong_moe.training.loop.shares import Batch, WeightedBatch, with_shares
@@ -267,8 +267,8 @@ class StageModule(LightningModule):
         if verdict == Verdict.sound:
             limit = self.spec.gradient_clip or math.inf
             # Not always, with a factor of at most 1: multiplying by 1 would cost a pass over memory.
-            if self.grad_norm > limit:
-                torch.nn.utils.clip_grads_with_norm_(parameters, limit, norm)
+            for kind in by_kind(parameters) if self.grad_norm > limit else ():
+                torch.nn.utils.clip_grads_with_norm_(kind, limit, norm)
             return
         for parameter in parameters:
             # None, not zero: with a zero gradient AdamW would still apply its moments and weight decay.

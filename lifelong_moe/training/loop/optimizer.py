@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 from torch import nn
+from torch.distributed.tensor import DTensor
 from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
 
@@ -119,6 +120,27 @@ def parameter_rates(model: LanguageModel, spec: StageSpec, phase: Phase) -> dict
     return rates
 
 
+def by_kind(parameters: Iterable[nn.Parameter]) -> list[list[nn.Parameter]]:
+    """Sharded parameters, and others: torch's functions of many tensors take one kind at a time."""
+    kinds: dict[bool, list[nn.Parameter]] = {}
+    for parameter in parameters:
+        kinds.setdefault(isinstance(parameter, DTensor), []).append(parameter)
+    return [*kinds.values()]
+
+
+class AdamWByKind(AdamW):
+    """AdamW of parameters of both kinds; groups and states are those of ``AdamW``."""
+
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        """Take a step."""
+        groups = self.param_groups
+        self.param_groups = [{**group, "params": kind} for group in groups for kind in by_kind(group["params"])]
+        try:
+            return super().step(closure)
+        finally:
+            self.param_groups = groups
+
+
 def build_optimizer(model: LanguageModel, spec: StageSpec, phase: Phase) -> tuple[AdamW, list[Rate]]:
     """AdamW over a phase's parameters, and the rate of each of its parameter groups.
 
@@ -138,7 +160,7 @@ def build_optimizer(model: LanguageModel, spec: StageSpec, phase: Phase) -> tupl
             "grow.experts above 0."
         )
     peak = spec.peak_lr * phase.lr_scale
-    optimizer = AdamW(
+    optimizer = AdamWByKind(
         [
             {"params": parameters, "lr": peak * rate.scale, "weight_decay": decay}
             for (rate, decay), parameters in groups.items()

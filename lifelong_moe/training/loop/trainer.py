@@ -18,7 +18,7 @@ from lifelong_moe.errors import ConfigError
 from lifelong_moe.training.callbacks.checkpoint import SafeCheckpointIO
 from lifelong_moe.training.callbacks.own import build_own
 from lifelong_moe.training.loop.device import rounds_products
-from lifelong_moe.training.ranks.expert_parallel import ExpertParallelStrategy
+from lifelong_moe.training.ranks.gathering import ExpertParallelStrategy
 from lifelong_moe.training.ranks.sharding import ShardedStrategy
 
 
@@ -92,7 +92,7 @@ def _strategy(config: TrainerConfig) -> tuple[str | DDPStrategy, list[Checkpoint
     # With LOCAL_RANK set, this environment makes Lightning join the ranks that run_ranks starts, and start none.
     plugins: list[CheckpointIO | ClusterEnvironment] = [SafeCheckpointIO(), LightningEnvironment()]
     if config.strategy == "fsdp":
-        return ShardedStrategy(process_group_backend="gloo"), plugins
+        return ShardedStrategy(config.expert_parallel), plugins
     if config.expert_parallel > 1:
         return ExpertParallelStrategy(config.expert_parallel), plugins
     # Unused parameters: a rank may have no token for an expert or a generation. Buffers do not change in training.

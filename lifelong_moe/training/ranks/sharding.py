@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from collections.abc import Set as AbstractSet
 from functools import partial
 from typing import Any, cast
 
@@ -27,11 +28,16 @@ from lifelong_moe.model.transformer import LanguageModel
 from lifelong_moe.training.ranks.gathering import GatheringStrategy
 
 
-def shard_model(model: LanguageModel, mesh: DeviceMesh) -> None:
+def shard_model(model: LanguageModel, mesh: DeviceMesh, but: AbstractSet[nn.Parameter] = frozenset()) -> None:
     """Leave each process its part of each parameter; a forward pass gathers them block by block.
 
     What is outside of blocks stays whole from the forward pass to the end of the backward pass, since losses read the
     head outside of ``forward``.
+
+    Args:
+        model: Whole, the same in each process.
+        mesh: The processes.
+        but: Parameters that stay as they are.
 
     Raises:
         ConfigError: If a parameter has no dimension, which the user's own router may have.
@@ -44,8 +50,8 @@ def shard_model(model: LanguageModel, mesh: DeviceMesh) -> None:
             parameter.requires_grad_(False)
     place = partial(_placement, ranks=mesh.size())
     for block in model.blocks:
-        fully_shard(block, mesh=mesh, shard_placement_fn=place)
-    fully_shard(model, mesh=mesh, reshard_after_forward=False, shard_placement_fn=place)
+        fully_shard(block, mesh=mesh, shard_placement_fn=place, ignored_params={*but})
+    fully_shard(model, mesh=mesh, reshard_after_forward=False, shard_placement_fn=place, ignored_params={*but})
 
 
 def _placement(parameter: nn.Parameter, ranks: int) -> Shard | None:
@@ -101,7 +107,9 @@ class UnusedParameters:
             first = len(self._places)
             for module in block.modules():
                 for name, parameter in module._parameters.items():
-                    if parameter is not None and parameter.requires_grad and parameter not in known:
+                    # Experts that are divided otherwise are not FSDP's.
+                    is_sharded = isinstance(parameter, DTensor)
+                    if parameter is not None and is_sharded and parameter.requires_grad and parameter not in known:
                         known.add(parameter)
                         self._parameters.append(parameter)
                         self._places.append((module, name))
@@ -112,7 +120,7 @@ class UnusedParameters:
                 block.register_forward_pre_hook(partial(self._before, here))
             if block is not model and (here or (block is model.blocks[0] and embeds)):
                 block.register_forward_pre_hook(_with_gradient, prepend=True)
-        self._missing = torch.zeros(len(self._places), device=self._parameters[0].device)
+        self._missing = torch.zeros(len(self._places), device=model.embedding.weight.device)
         self._had_none: list[bool] = []
 
     def begin(self, loss: Tensor) -> None:
@@ -124,6 +132,8 @@ class UnusedParameters:
 
     def end(self) -> None:
         """Take the gradient from parameters that no rank has used."""
+        if not self._places:  # experts that are divided otherwise may be all that trains
+            return
         dist.all_reduce(self._missing)
         unused = (self._missing == dist.get_world_size()).tolist()
         for parameter, had_none, is_unused in zip(self._parameters, self._had_none, unused, strict=True):
@@ -152,13 +162,10 @@ class ShardedStrategy(GatheringStrategy):
     """
 
     def configure_ddp(self) -> None:
-        """Shard the model, whose weights are those of the checkpoint by then."""
-        shard_model(self._sharded, init_device_mesh(self.root_device.type, (self.world_size,)))
-        self._unused = UnusedParameters(self._sharded)
-
-    @property
-    def _sharded(self) -> LanguageModel:
-        return cast(LanguageModel, cast(Any, self.lightning_module).model)
+        """Shard the model, whose weights are those of the checkpoint by then; experts that are divided stay as such."""
+        model, experts = cast(Any, self.lightning_module).model, {*self.place_experts().values()}
+        shard_model(model, init_device_mesh(self.root_device.type, (self.world_size,)), experts)
+        self._unused = UnusedParameters(model)
 
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
         """A micro-batch's losses."""
@@ -174,26 +181,19 @@ class ShardedStrategy(GatheringStrategy):
     def post_backward(self, closure_loss: Tensor) -> None:
         """Take back gradients of zero that no rank needs."""
         self._unused.end()
+        super().post_backward(closure_loss)
 
-    def lightning_module_state_dict(self) -> dict[str, Tensor]:
-        """What trains, whole on rank 0; frozen tensors are not gathered, since no checkpoint holds them."""
-        module: Any = self.lightning_module
-        return {name: self._gathered(one) for name, one in module.state_dict().items() if name not in module.frozen}
-
-    def gathered(self, value: Any, parameter: nn.Parameter) -> Any:
+    def whole(self, value: Any) -> Any:
         """A tensor that is whole on rank 0, and elsewhere empty if it is divided."""
-        return self._gathered(value)
-
-    def divided(self, value: Tensor, parameter: nn.Parameter) -> Tensor:
-        """This rank's part of a tensor."""
-        if not isinstance(parameter, DTensor):
-            return value
-        # All ranks have read the file: none has to send.
-        return distribute_tensor(value, parameter.device_mesh, parameter.placements, src_data_rank=None)
-
-    def _gathered(self, value: Any) -> Any:
         if not isinstance(value, DTensor):
             return value
         whole = value.full_tensor()
         # One tensor at a time is whole on the others, which write nothing.
         return whole if self.is_global_zero else whole.new_empty(0)
+
+    def part(self, value: Tensor, parameter: nn.Parameter) -> Tensor:
+        """This rank's part of a tensor."""
+        if not isinstance(parameter, DTensor):
+            return value
+        # All ranks have read the file: none has to send.
+        return distribute_tensor(value, parameter.device_mesh, parameter.placements, src_data_rank=None)

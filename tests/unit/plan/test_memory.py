@@ -48,6 +48,8 @@ def test_precision_micro_batches_and_processes(make_run: MakeRun) -> None:
     experts = 2 * 4 * 3 * 16 * 8  # two layers of four
     spread = needs(make_run("trainer.devices=2", "trainer.expert_parallel=2"))[0]
     assert two.training - spread.training == 3 * 4 * experts
+    both = needs(make_run("trainer.devices=2", "trainer.expert_parallel=2", "trainer.strategy=fsdp"))[0]
+    assert both.training == plain.training
     again = needs(make_run("trainer.activation_checkpointing=true"))[0]
     assert again.activations == 4 * 64 * 2 * 16
 

@@ -1,0 +1,116 @@
+"""Ranks that each hold a part of every layer's experts: expert parallelism, whatever becomes of the rest of the model.
+
+Text travels to experts and back (:func:`lifelong_moe.ops.collectives.parallel_experts`), so each rank has micro-batches
+of its own, as without. For step checkpoints rank 0 gathers the experts that train, tensor by tensor.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from lifelong_moe.model.experts import ExpertBanks
+from lifelong_moe.model.transformer import LanguageModel
+from lifelong_moe.ops.collectives import ExpertPlacement
+from lifelong_moe.training.ranks import supervise
+
+
+@dataclass(frozen=True)
+class PlacedExperts:
+    """One matrix of a generation's experts, of which a rank has some."""
+
+    name: str
+    """Of the parameter in the model."""
+    stored: list[str]
+    """Names of the experts' own tensors in a state dictionary, those of all ranks."""
+
+
+def place_experts(model: LanguageModel, group: dist.ProcessGroup) -> dict[nn.Parameter, PlacedExperts]:
+    """Leave this process its part of each generation's experts; returns that part.
+
+    Args:
+        model: Whole, the same in each process of the group. Its parameters are replaced, not changed: a teacher that
+            shares them stays whole.
+        group: Processes whose number divides each generation's experts.
+    """
+    placed: dict[nn.Parameter, PlacedExperts] = {}
+    for i, layer in enumerate(model.moe_layers()):
+        if len(layer.banks):
+            placed |= _place(layer.banks, f"blocks.{i}.moe.banks", group)
+    return placed
+
+
+def _place(banks: ExpertBanks, name: str, group: dist.ProcessGroup) -> dict[nn.Parameter, PlacedExperts]:
+    rank, ranks, placed, first = group.rank(), group.size(), {}, 0
+    device = next(banks.parameters()).device
+    banks.placement = ExpertPlacement.of([generation.indices for generation in banks.born], group, device)
+    for g, generation in enumerate(banks.born):
+        for tensor in generation.tensors:
+            stored = [f"{name}.{each}" for each in generation.stored_names(tensor)]
+            whole = generation.get_parameter(tensor)
+            # Cloned, so that the memory of the others' is given back.
+            mine = nn.Parameter(whole.detach()[rank::ranks].clone(), requires_grad=whole.requires_grad)
+            generation.register_parameter(tensor, mine)
+            placed[mine] = PlacedExperts(f"{name}.generations.{g}.{tensor}", stored)
+        generation.indices = generation.indices[rank::ranks]
+        generation.here = range(first, first := first + len(generation))
+    return placed
+
+
+class ParallelExperts:
+    """This rank's experts, and the groups of ranks that have the others, and the same.
+
+    All ranks make one together. A group is of consecutive ranks.
+
+    Args:
+        model: See :func:`place_experts`.
+        ranks: Of a group.
+    """
+
+    def __init__(self, model: LanguageModel, ranks: int) -> None:
+        self._ranks, self._world, self._rank = ranks, dist.get_world_size(), dist.get_rank()
+        # Groups of their own: other messages are in no fixed order among those of the layers. New groups do not inherit
+        # the time after which a silent rank is given up.
+        limit = timedelta(seconds=supervise.TIMEOUT_SECONDS)
+        self._group, _ = dist.new_subgroups(ranks, timeout=limit)
+        same = [[*range(first, self._world, ranks)] for first in range(ranks)]
+        self._replicas, _ = dist.new_subgroups_by_enumeration(same, timeout=limit)
+        self.placed = place_experts(model, self._group)
+        """The parameters that it has a part of."""
+
+    def reduce(self) -> None:
+        """Make gradients, once a step, those of the mean over all ranks' losses."""
+        for parameter in self.placed:
+            if parameter.grad is not None:
+                # It is the sum over the losses of this group, whose text came here.
+                parameter.grad /= self._world
+                if self._replicas.size() > 1:
+                    dist.all_reduce(parameter.grad, group=self._replicas)
+
+    def gathered(self, value: Tensor) -> Tensor:
+        """A tensor of all experts of a generation on rank 0, and an empty one elsewhere."""
+        # The first group has all experts.
+        if self._rank >= self._ranks:
+            return value.new_empty(0)
+        parts = [torch.empty_like(value) for _ in range(self._ranks)] if self._rank == 0 else None
+        dist.gather(value, parts, dst=0, group=self._group)
+        return torch.stack(parts, dim=1).flatten(0, 1) if parts else value.new_empty(0)
+
+    def part(self, value: Tensor) -> Tensor:
+        """This rank's experts of those of a generation."""
+        return value[self._group.rank() :: self._ranks]
+
+    def state(self, frozen: Collection[str]) -> dict[str, Tensor]:
+        """Each expert's tensors by name in the module's state dictionary, but for the frozen, on rank 0."""
+        found: dict[str, Tensor] = {}
+        for parameter, one in self.placed.items():
+            names = [name for name in (f"model.{name}" for name in one.stored) if name not in frozen]
+            if names:
+                # Nothing elsewhere.
+                found |= zip(names, self.gathered(parameter.detach()), strict=False)
+        return found
