@@ -66,7 +66,14 @@ def run(
 
 
 @opens_store
-def plan(config: ConfigPath, overrides: Overrides = None, as_json: AsJson = False) -> None:
+def plan(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    time: Annotated[
+        bool, typer.Option("--time", help="Take a few steps where no earlier stage tells how long training takes.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
     """Show what a run would do and what it would cost; train nothing."""
     from pipelines.preflight import check_memory, read_run
 
@@ -74,7 +81,7 @@ def plan(config: ConfigPath, overrides: Overrides = None, as_json: AsJson = Fals
     check_memory(loaded.config)
     from pipelines.run.plan import plan as show_plan
 
-    finish(show_plan(loaded, console(as_json)), as_json)
+    finish(show_plan(loaded, console(as_json), time), as_json)
 
 
 @opens_store

@@ -41,8 +41,13 @@ COMPARED_TOKENS = 200_000
 """Leading tokens of each distribution whose frequencies are compared."""
 
 
-def plan(loaded: LoadedConfig, console: Console) -> dict[str, Any]:
-    """Show the stages with keys, sizes and cost; returns the same as plain data."""
+TIMED_SECONDS = 3.0
+"""Of steps that are taken to see how fast they are."""
+ASK = "`lifelong-moe plan --time` takes a few steps to see; "
+
+
+def plan(loaded: LoadedConfig, console: Console, times: bool = False) -> dict[str, Any]:
+    """Show the stages with keys, sizes and cost; returns the same as plain data. With ``times`` it times steps."""
     with console.status("reading and tokenizing the distributions") as status, telling(status.update):
         prepared = prepare(loaded)
     store = StageStore(ROOT)
@@ -53,7 +58,7 @@ def plan(loaded: LoadedConfig, console: Console) -> dict[str, Any]:
     files = show_data(console, prepared)
     todo = [stage for stage, row in zip(prepared.plan, rows, strict=True) if row["action"] == "train"]
     disk = run_need([stage_need(stage, prepared.config) for stage in todo])
-    seconds, how_long = _time(todo, prepared, store)
+    seconds, how_long = _time(todo, prepared, store, times)
     _print(console, rows, disk, how_long)
     for planned, row in zip(prepared.plan, rows, strict=True):
         if planned.spec.mixed:
@@ -151,21 +156,38 @@ def _epochs(planned: PlannedStage, prepared: Prepared, committed: CommittedStage
     return epochs_by_distribution(spec, corpora)
 
 
-def _time(todo: list[PlannedStage], prepared: Prepared, store: StageStore) -> tuple[float | None, str]:
-    """Seconds that training will take, None if nobody knows, and the same in words."""
+def _time(todo: list[PlannedStage], prepared: Prepared, store: StageStore, times: bool) -> tuple[float | None, str]:
+    """Seconds that training will take, None if nobody knows, and the same in words; ``times`` allows to try."""
     if not todo:
         return 0.0, ""
     place = {"machine": machine(), "accelerator": prepared.config.trainer.accelerator}
     found = measured_speed(ROOT, store, todo[0].spec, **place)
+    if found is None and times and prepared.config.trainer.processes == 1:
+        return _timed(todo, prepared)
     if found is None:
         return None, (
-            "How long training takes is not known: no stage of this model was trained on this machine before. `run` "
-            "tells the time left while it trains, and Ctrl-C saves a checkpoint."
+            "How long training takes is not known: no stage of this model was trained on this machine before. "
+            f"{ASK if prepared.config.trainer.processes == 1 else ''}`run` tells the time left while it trains, and "
+            f"Ctrl-C saves a checkpoint."
         )
     seconds = sum(stage.flops for stage in todo) / found.flops_per_second
     stages = "a stage" if found.stages == 1 else f"{found.stages} stages"
     return seconds, (
         f"Training takes about {duration(seconds)} at the speed of {stages} of this model on this machine; "
+        f"evaluation comes on top."
+    )
+
+
+def _timed(todo: list[PlannedStage], prepared: Prepared) -> tuple[float, str]:
+    """As :func:`_time`, by some steps of the model that the run begins with."""
+    from lifelong_moe.training.timing import timed_speed
+
+    trainer, first, spec = prepared.config.trainer, prepared.base or prepared.plan[0], todo[0].spec
+    sequences = spec.optim.batch_tokens // spec.model.context // trainer.accumulate_grad_batches
+    speed = timed_speed(first.architecture, max(1, sequences), trainer, TIMED_SECONDS)
+    seconds = sum(stage.flops for stage in todo) / speed
+    return seconds, (
+        f"Training takes about {duration(seconds)} at the speed of steps that were taken just now, on random tokens; "
         f"evaluation comes on top."
     )
 

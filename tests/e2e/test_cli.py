@@ -132,7 +132,7 @@ def test_plan_trains_nothing(lab: Path, cli: Cli) -> None:
     result = cli("plan", "tiny.yaml")
     assert result.code == 0
     assert f"2 of 2 stages to train: {2 * TOKENS:,} tokens" in result.out
-    assert "How long training takes is not known" in result.out
+    assert "How long training takes is not known" in result.out and "plan --time" in result.out
     assert not (lab / "mlruns").exists()
     planned = cli("plan", "tiny.yaml", "--json")
     plan = json.loads(planned.out)
@@ -144,6 +144,10 @@ def test_plan_trains_nothing(lab: Path, cli: Cli) -> None:
     assert [row["new_experts_per_layer"] for row in plan["stages"]] == [2, 2]
     assert all(SHA256.fullmatch(row["key"]) and row["disk_bytes"] > 0 for row in plan["stages"])
     assert plan["stages"][1]["teacher_tokens"] == round(STEPS * SEQUENCES * CONTEXT * 0.25)
+    timed = json.loads(cli("plan", "tiny.yaml", "--time", "--json").out)
+    assert plan["seconds"] is None and timed.pop("seconds") > 0
+    assert timed.items() <= plan.items()
+    assert "--time" not in cli("plan", "tiny.yaml", "trainer.devices=2").out
     assert not (lab / "mlruns").exists()
 
 
