@@ -158,6 +158,8 @@ def hold_as(model: nn.Module, held: Mapping[str, tuple[str | None, str]]) -> Non
         owner = model.get_submodule(owner_name)
         weight = getattr(owner, leaf).to(getattr(torch, computed))
         how = _Int8() if stored is None else _Half(weight, getattr(torch, stored))
+        # What is held is frozen, also in a teacher, whose architecture does not say so; whole numbers have no gradient.
+        getattr(owner, leaf).requires_grad_(False)
         parametrize.register_parametrization(owner, leaf, how, unsafe=True)
 
 

@@ -94,6 +94,16 @@ def test_held_weights_changes_and_tied_heads(
     require_same(found, model, make_batch(domains=3))
 
 
+def test_a_teacher_is_held_though_its_architecture_freezes_nothing(
+    make_model: Make, make_batch: Callable[..., dict[str, Tensor]], job: PhaseJob, tmp_path: Path
+) -> None:
+    teacher = make_teacher(make_model("learned", (4,)), [])
+    assert hold_frozen(teacher, FrozenWeights.int8) > 0
+    found = handed_over(tmp_path, job, make_model("learned", (4, 2)), teacher=teacher).teacher
+    assert found is not None
+    require_same(found, teacher, make_batch())
+
+
 def test_a_teacher_shares_what_it_shared(
     make_model: Make, make_batch: Callable[..., dict[str, Tensor]], job: PhaseJob, tmp_path: Path
 ) -> None:
