@@ -133,26 +133,28 @@ def _check_divided(run: RunConfig, i: int, stage: StageConfig) -> None:
     """Require what processes can do that hold parts of the model."""
     if not run.trainer.is_divided:
         return
-    grows, how = run.continues(i) and run.method == Method.lifelong, run.trainer
-    refused = {
+    grows = run.continues(i) and run.method == Method.lifelong
+    sharded = {
         f"method={run.method}": run.method in (Method.l2, Method.ewc),
         "frozen.offload=cpu": run.frozen.offload == Offload.cpu,
         f"stages[{i}].penalty.kind={stage.penalty.kind}": grows and stage.penalty.kind != PenaltyKind.none,
         f"stages[{i}].grow.frozen_weights={stage.grow.frozen_weights}": grows
         and stage.grow.frozen_weights != FrozenWeights.full,
     }
-    refused_apart = {
+    apart = {
+        "frozen.offload=cpu": run.frozen.offload == Offload.cpu,
         # Each token is an input of all experts.
         "routing.competitive=true": run.routing.competitive,
         # Drawn where the expert is, so that results would depend on where that is.
         f"stages[{i}].finetune.expert_dropout={stage.finetune.expert_dropout:g}": stage.kind == StageKind.finetune
         and stage.finetune.expert_dropout > 0,
     }
-    apart = f"expert_parallel={how.expert_parallel}", "expert_parallel=1"
-    checks = [(refused, ("strategy=fsdp", "strategy=ddp"))] if how.is_sharded else []
-    checks += [(refused | refused_apart, apart)] if how.expert_parallel > 1 else []
-    for keys, (setting, remedy) in checks:
-        for key in (key for key, is_set in keys.items() if is_set):
+    number = run.trainer.expert_parallel
+    for is_on, refused, setting, remedy in (
+        (run.trainer.is_sharded, sharded, "strategy=fsdp", "strategy=ddp"),
+        (number > 1, apart, f"expert_parallel={number}", "expert_parallel=1"),
+    ):
+        if is_on and (key := next((key for key, is_set in refused.items() if is_set), None)):
             raise ConfigError(f"{key} with trainer.{setting} is not supported. Set trainer.{remedy}.")
 
 

@@ -5,14 +5,15 @@ Legend: B sequences, S length, N scored tokens, D model width.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
 from lifelong_moe.model.tokens import TokenBatch
 from lifelong_moe.model.transformer import LanguageModel
+from lifelong_moe.ops.collectives import num_ranks, sum_over_ranks
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,10 @@ class WeightAnchor:
     """Old value of each penalized parameter, by name."""
     importances: dict[str, Tensor] | None = None
     """Importance of each weight, same names and shapes; None means 1 for all (L2)."""
+    divided: frozenset[str] = frozenset()
+    """Parameters of which this process has a part, and others have the rest."""
+    copies: int = 1
+    """Processes that have the same part."""
 
     def value(self, model: nn.Module) -> Tensor:
         """The penalty on a model's current weights.
@@ -43,21 +48,38 @@ class WeightAnchor:
             Scalar float32 with gradient, ``weight`` included.
         """
         parameters = dict(model.named_parameters())
-        terms = []
+        terms: dict[bool, list[Tensor]] = {False: [], True: []}
         for name, anchor in self.anchors.items():
             # In float32 as the anchors are, whatever the precision of the model.
             squared = (parameters[name].float() - anchor).square()
-            terms.append((squared if self.importances is None else self.importances[name] * squared).sum())
-        return self.weight / 2 * torch.stack(terms).sum()
+            term = (squared if self.importances is None else self.importances[name] * squared).sum()
+            terms[name in self.divided].append(term)
+        whole, parts = (torch.stack(some).sum() if some else None for some in terms.values())
+        sums = [] if whole is None else [whole]
+        if parts is not None:
+            sums.append(sum_over_ranks(parts) / self.copies)
+        return self.weight / 2 * torch.stack(sums).sum()
 
     def to(self, device: torch.device | str) -> WeightAnchor:
         """The same on another device."""
-        importances = self.importances
-        return WeightAnchor(
-            self.weight,
-            {name: tensor.to(device) for name, tensor in self.anchors.items()},
-            None if importances is None else {name: tensor.to(device) for name, tensor in importances.items()},
-        )
+        return self._with(lambda _, tensor: tensor.to(device))
+
+    def on_part_of(self, model: LanguageModel) -> WeightAnchor:
+        """The same where processes have divided a model's experts: on those that this process has."""
+        placements = [layer.banks.placement for layer in model.moe_layers() if layer.banks.placement is not None]
+        if not placements:
+            return self
+        experts = {parameter for layer in model.moe_layers() for parameter in layer.banks.parameters()}
+        names = {name for name, p in model.named_parameters() if p in experts and name in self.anchors}
+        rank, ranks = placements[0].group.rank(), placements[0].group.size()
+        part = self._with(lambda name, tensor: tensor[rank::ranks].clone() if name in names else tensor)
+        return replace(part, divided=frozenset(names), copies=num_ranks() // ranks)
+
+    def _with(self, change: Callable[[str, Tensor], Tensor]) -> WeightAnchor:
+        """The same with other tensors."""
+        anchors = {name: change(name, tensor) for name, tensor in self.anchors.items()}
+        importances = self.importances and {name: change(name, tensor) for name, tensor in self.importances.items()}
+        return replace(self, anchors=anchors, importances=importances)
 
 
 def make_anchor(

@@ -18,10 +18,12 @@ from lightning.pytorch import Trainer
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from lifelong_moe.config.growth import FrozenWeights
 from lifelong_moe.config.model import ExpertsImplementation
 from lifelong_moe.config.run import RunConfig
 from lifelong_moe.data.tokens.blocks import BlockDataset
 from lifelong_moe.errors import TryAgainError
+from lifelong_moe.model.int8 import hold_frozen
 from lifelong_moe.model.tokens import TokenBatch
 from lifelong_moe.model.transformer import LanguageModel
 from lifelong_moe.ops import collectives
@@ -94,7 +96,10 @@ def test_each_router_has_the_gradients_of_all_ranks(make_model: MakeModel, tmp_p
     run_forked(2, lambda rank: compare_gradients(make, kinds, 1e-9, 1e-11), tmp_path)
 
 
-def test_experts_in_one_kernel_have_the_gradients_of_all_ranks(make_model: MakeModel, tmp_path: Path) -> None:
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_experts_in_one_kernel_have_the_gradients_of_all_ranks(
+    make_model: MakeModel, tmp_path: Path, ranks: int
+) -> None:
     def make(trained: str) -> LanguageModel:
         # The rows of the generation that trains come first in the kernel.
         model = make_model("learned", (4, 4, 4), model={"width": 32, "expert_width": 32})
@@ -103,7 +108,7 @@ def test_experts_in_one_kernel_have_the_gradients_of_all_ranks(make_model: MakeM
             layer.banks.implementation = ExpertsImplementation.grouped_mm
         return model
 
-    run_forked(2, lambda rank: compare_gradients(make, ("0", "1", "2"), 1e-4, 1e-6), tmp_path)
+    run_forked(ranks, lambda rank: compare_gradients(make, ("0", "1", "2"), 1e-4, 1e-6), tmp_path)
 
 
 def assert_divided(trainer: Trainer, module: StageModule, parts: int, experts: Sequence[int]) -> None:
@@ -127,6 +132,8 @@ def assert_divided(trainer: Trainer, module: StageModule, parts: int, experts: S
         ("learned", "answers, distilled, and replay", 2, 1, "ddp"),
         ("learned", "review", 2, 2, "ddp"),
         ("learned", "replay, distilled", 4, 1, "ddp"),
+        ("learned", "penalty", 2, 2, "ddp"),
+        ("learned", "penalty", 4, 1, "ddp"),
         ("bundles", "replay, distilled", 2, 2, "ddp"),
         ("bundles", "replay, distilled", 4, 1, "ddp"),
         ("learned", "answers, distilled, and replay", 2, 2, "fsdp"),
@@ -180,6 +187,25 @@ def test_steps_are_those_of_one_process(
     for name, tensor in one.items():
         torch.testing.assert_close(found[name], tensor, rtol=1e-8, atol=1e-10)
     assert all(torch.equal(found[name], tensor) for name, tensor in frozen.items())
+
+
+@pytest.mark.usefixtures("in_float64")
+@pytest.mark.parametrize("kind", [FrozenWeights.half, FrozenWeights.int8])
+def test_frozen_experts_may_be_held_in_fewer_bits(
+    make_run: MakeRun, make_model: MakeModel, tmp_path: Path, kind: FrozenWeights
+) -> None:
+    begin = second_stage(make_run, make_model, "answers")
+
+    def held() -> tuple[StageModule, BlockDataset]:
+        module, dataset = begin()
+        for parameter in module.model.parameters():
+            if not parameter.requires_grad:  # so that 16 bits lose nothing
+                parameter.copy_(parameter.bfloat16())
+        assert hold_frozen(module.model, kind) > 0
+        return module, dataset
+
+    curves = run_forked(2, lambda rank: take_steps(held, 2, 2, expert_parallel=2)[1].curves, tmp_path)
+    assert curves == [pytest.approx(curve, rel=1e-10, abs=1e-10) for curve in take_steps(held, 2)[1].curves]
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
@@ -291,6 +317,18 @@ def test_a_rank_that_hangs_ends_all(lab: Path, monkeypatch: pytest.MonkeyPatch) 
     with pytest.raises(TryAgainError, match=r"^training process 1 of 2 did not answer .* within 2 s; "):
         train()
     assert time.monotonic() - began < 20
+
+
+@pytest.mark.parametrize("overrides", [("stage_defaults.grow.frozen_weights=int8",), ("method=ewc",)], ids=str)
+def test_runs_are_those_of_one_process(lab: Path, overrides: tuple[str, ...]) -> None:
+    config = tiny_config()
+    config["stage_defaults"]["distill"] = {"weight": 1.0, "text": "new", "fraction": 0.5}
+    path, found = write_config(config), []
+    for settings in (processes(2, 2), processes(1)):
+        report, _ = train(path, *settings, *overrides)
+        found.append(torch.tensor(report["loss_nats_per_token"]))
+        shutil.rmtree("mlruns")
+    torch.testing.assert_close(*found, rtol=0, atol=1e-4)
 
 
 def processes(number: int, parts: int = 1) -> tuple[str, str]:

@@ -459,9 +459,6 @@ def test_curves_are_sent_once(lab: Path, monkeypatch: pytest.MonkeyPatch) -> Non
             )
             for key, overrides in {
                 "frozen.offload=cpu": ["frozen.offload=cpu"],
-                "method=ewc": ["method=ewc"],
-                "stages[1].penalty.kind=l2": ["stage_defaults.penalty={kind: l2, weight: 0.1}"],
-                "stages[1].grow.frozen_weights=int8": ["stage_defaults.grow.frozen_weights=int8"],
                 "routing.competitive=true": ["routing.mode=dense", "routing.competitive=true"],
             }.items()
         ),

@@ -125,7 +125,7 @@ class StageModule(LightningModule):
             dtype = self.model.embedding.weight.dtype
             self._teacher[0].to(self.device, None if dtype == torch.float32 else dtype)
         if self._anchor is not None:
-            self._anchor = self._anchor.to(self.device)
+            self._anchor = self._anchor.on_part_of(self.model).to(self.device)
         for model in (self.model, *self._teacher):
             for layer in () if model is None else model.moe_layers():
                 layer.banks.join()

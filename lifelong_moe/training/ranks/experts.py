@@ -6,7 +6,7 @@ of its own, as without. For step checkpoints rank 0 gathers the experts that tra
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -27,7 +27,8 @@ class PlacedExperts:
     name: str
     """Of the parameter in the model."""
     stored: list[str]
-    """Names of the experts' own tensors in a state dictionary, those of all ranks."""
+    """Names of the experts' own tensors in a state dictionary, those of all ranks. Empty while held in fewer bits: then
+    it is stored as it is."""
 
 
 def place_experts(model: LanguageModel, group: dist.ProcessGroup) -> dict[nn.Parameter, PlacedExperts]:
@@ -50,13 +51,14 @@ def _place(banks: ExpertBanks, name: str, group: dist.ProcessGroup) -> dict[nn.P
     device = next(banks.parameters()).device
     banks.placement = ExpertPlacement.of([generation.indices for generation in banks.born], group, device)
     for g, generation in enumerate(banks.born):
-        for tensor in generation.tensors:
-            stored = [f"{name}.{each}" for each in generation.stored_names(tensor)]
-            whole = generation.get_parameter(tensor)
+        stored = {tensor: [f"{name}.{one}" for one in generation.stored_names(tensor)] for tensor in generation.tensors}
+        # Of a matrix that is held in fewer bits, what is held: there, too, expert by expert.
+        for path, whole in [*generation.named_parameters()]:
+            owner, _, leaf = path.rpartition(".")
             # Cloned, so that the memory of the others' is given back.
             mine = nn.Parameter(whole.detach()[rank::ranks].clone(), requires_grad=whole.requires_grad)
-            generation.register_parameter(tensor, mine)
-            placed[mine] = PlacedExperts(f"{name}.generations.{g}.{tensor}", stored)
+            generation.get_submodule(owner).register_parameter(leaf, mine)
+            placed[mine] = PlacedExperts(f"{name}.generations.{g}.{path}", stored.get(path, []))
         generation.indices = generation.indices[rank::ranks]
         generation.here = range(first, first := first + len(generation))
     return placed
@@ -105,12 +107,13 @@ class ParallelExperts:
         """This rank's experts of those of a generation."""
         return value[self._group.rank() :: self._ranks]
 
-    def state(self, frozen: Collection[str]) -> dict[str, Tensor]:
-        """Each expert's tensors by name in the module's state dictionary, but for the frozen, on rank 0."""
+    def state(self, frozen: AbstractSet[str]) -> dict[str, Tensor]:
+        """What is stored by name in the module's state dictionary, but for the frozen, on rank 0."""
         found: dict[str, Tensor] = {}
         for parameter, one in self.placed.items():
-            names = [name for name in (f"model.{name}" for name in one.stored) if name not in frozen]
-            if names:
+            names = [f"model.{name}" for name in one.stored or [one.name]]
+            if frozen.isdisjoint(names):
+                whole = self.gathered(parameter.detach())
                 # Nothing elsewhere.
-                found |= zip(names, self.gathered(parameter.detach()), strict=False)
+                found |= zip(names, whole if one.stored else [whole], strict=False)
         return found
