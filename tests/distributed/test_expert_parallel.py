@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import shutil
 import signal
 import time
+import weakref
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -32,7 +34,7 @@ from lifelong_moe.plan.architecture import Generation
 from lifelong_moe.store.stages import StageStore
 from lifelong_moe.training.callbacks.checkpoint import SafeCheckpointIO
 from lifelong_moe.training.loop.module import StageModule, router_losses
-from lifelong_moe.training.ranks import supervise
+from lifelong_moe.training.ranks import experts, supervise
 from lifelong_moe.training.ranks.experts import place_experts
 from tests.conftest import ROUTER_KINDS
 from tests.divided import MakeModel, MakeRun, Watch, second_stage, take_steps, take_steps_in_ranks
@@ -170,11 +172,11 @@ def test_steps_are_those_of_one_process(
     frozen = {name: one for name, one in module.model.state_dict().items() if f"model.{name}" in module.frozen}
     assert frozen
     one, watch = take_steps(begin, accumulate)
-    experts = [generation.experts for generation in module.model.architecture.generations]
+    numbers = [generation.experts for generation in module.model.architecture.generations]
 
     def on_before_zero_grad(_: Watch, trainer: Trainer, module: StageModule, *args: Any) -> None:
         if trainer.global_step and "review" not in case:
-            assert_divided(trainer, module, 2, experts)
+            assert_divided(trainer, module, 2, numbers)
         # What is outside of blocks is whole here, between forward and backward pass.
         others = [p for name, p in module.model.blocks.named_parameters() if ".moe.banks." not in name]
         assert all(isinstance(parameter, DTensor) == (strategy == "fsdp") for parameter in others)
@@ -231,9 +233,17 @@ def test_a_stage_goes_on_with_other_numbers_of_processes(lab: Path, monkeypatch:
     config["evaluate"]["watch"] = 0.5
     config["stage_defaults"]["distill"] = {"weight": 1.0, "text": "new", "fraction": 0.5}
     write_config(config)
-    original = StageModule.training_step
+    original, place, whole = StageModule.training_step, experts.place_experts, []
+
+    def placing(model: LanguageModel, group: dist.ProcessGroup) -> Any:
+        banks = [p for name, p in model.named_parameters() if ".moe.banks." in name and p.requires_grad]
+        whole[:] = map(weakref.ref, banks)
+        return place(model, group)
 
     def training_step(self: StageModule, batch: Any, batch_idx: int) -> Any:
+        gc.collect()
+        # Nothing keeps what others have; frozen experts may be the teacher's, too.
+        assert num_ranks() == 1 or (whole and all(one() is None for one in whole))
         if (self.spec.name, self.global_step, num_ranks() - 1) == ("code", 6, rank()):
             kill_self()
         return original(self, batch, batch_idx)
@@ -242,6 +252,7 @@ def test_a_stage_goes_on_with_other_numbers_of_processes(lab: Path, monkeypatch:
         """Where the second stage was killed after its first checkpoint."""
         with monkeypatch.context() as patch:
             patch.setattr(StageModule, "training_step", training_step)
+            patch.setattr(experts, "place_experts", placing)
             if overrides:  # one process is the main one
                 assert fork(lambda: train("tiny.yaml", *overrides)).wait() == -signal.SIGKILL
             else:

@@ -10,8 +10,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from lifelong_moe.ops import collectives
 from lifelong_moe.ops.collectives import ExpertPlacement, moved_blocks, parallel_experts
 from tests.forked import run_forked
+from tests.pretended_gpu import plain, pretended, pretended_gpu
 
 D = 3
 GENERATIONS = range(4), range(4, 6), range(6, 10)
@@ -86,6 +88,21 @@ def test_experts_are_striped_by_generation(monkeypatch: pytest.MonkeyPatch) -> N
 
     placement = ExpertPlacement.of(GENERATIONS, Two(), torch.device("cpu"))  # type: ignore[arg-type]
     assert placement.experts_RL.tolist() == [[0, 2, 4, 6, 8], [1, 3, 5, 7, 9]]
+
+
+def test_the_host_waits_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    # A rank alone, whose rows come back as they went.
+    monkeypatch.setattr(dist, "all_to_all_single", lambda got, sent, group: got.copy_(sent))
+    monkeypatch.setattr(collectives, "all_to_all_single_autograd", lambda rows_ND, *_: rows_ND)
+    with pretended_gpu() as log:
+        experts_RL = pretended(torch.tensor([[0, 2, 1]]))
+        x_ND = pretended(torch.ones(6, D)).requires_grad_()
+        counts_E = pretended(torch.tensor([3, 1, 2]))
+        placement = collectives.ExpertPlacement(None, experts_RL)  # type: ignore[arg-type]
+        out_ND = parallel_experts(x_ND, counts_E, placement, lambda rows_ND, _: 2 * rows_ND, first=1)
+        out_ND.sum().backward()
+        assert log.num_waits == 1, log.waits
+    assert x_ND.grad is not None and bool((plain(x_ND.grad) == 2).all())
 
 
 def test_blocks_of_rows_move_as_wholes() -> None:
