@@ -59,6 +59,17 @@ def write_atomic(path: Path, content: str | bytes, mode: int = SHARED) -> None:
         work.write_bytes(content.encode("utf-8") if isinstance(content, str) else content)
 
 
+def write_unsynced(path: Path, content: bytes) -> None:
+    """As :func:`write_atomic`, but the disk is not waited for: what can be made again is not worth it.
+
+    After a crash of the machine the file may hold anything, which its reader must notice.
+    """
+    make_folder(path.parent)
+    with temporary(path.parent, SHARED) as folder:
+        (folder / path.name).write_bytes(content)
+        os.rename(folder / path.name, path)
+
+
 def append_line(path: Path, line: str) -> None:
     """Append a line to a file; it is on disk when this returns. A missing file is created with its parents.
 

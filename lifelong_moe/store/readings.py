@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -12,12 +13,15 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from lifelong_moe.errors import CorruptError
-from lifelong_moe.storage.files import write_atomic
+from lifelong_moe.storage.files import write_unsynced
 from lifelong_moe.storage.keys import SHORT, content_key
 from lifelong_moe.storage.plain_files import open_stored
 
 MOST_BYTES = 1 << 30
 """A larger file is none of ours."""
+DIGEST = "sha256"
+"""Name of the tensor that holds the hash of all others: files are written without waiting for the disk, and after a
+crash of the machine zeros in place of numbers would be believed."""
 
 T = TypeVar("T")
 
@@ -47,8 +51,12 @@ class ReadingCache:
             with open_stored(path) as file:
                 if os.fstat(file.fileno()).st_size > MOST_BYTES:
                     return None
-                found = build(load(file.read()))
-        # A cache is made again, and never an error; a KeyError is a type of numbers that torch does not have.
+                tensors = load(file.read())
+            # Files of earlier versions have no hash, and are made again.
+            if tensors.pop(DIGEST).numpy().tobytes() != _digest(tensors):
+                return None
+            found = build(tensors)
+        # A cache is made again, and never an error; a KeyError is also a type of numbers that torch does not have.
         except (OSError, CorruptError, SafetensorError, KeyError, ValueError):
             return None
         # Garbage collection removes what nobody opened for long. Another user's cache cannot be touched.
@@ -58,10 +66,24 @@ class ReadingCache:
 
     def add(self, data_key: str, readers: Sequence[str], tensors: Mapping[str, Tensor]) -> None:
         """Store tensors atomically, where the cache can be written to and :meth:`find` would read so many."""
+        import torch
         from safetensors.torch import save
 
-        content = save({name: one.contiguous() for name, one in tensors.items()})
+        whole = {name: one.contiguous() for name, one in tensors.items()}
+        content = save(whole | {DIGEST: torch.tensor(list(_digest(whole)), dtype=torch.uint8)})
         if len(content) <= MOST_BYTES:
             # Measuring goes on without a cache, which may be another user's.
             with suppress(OSError):
-                write_atomic(self._path(data_key, readers), content)
+                write_unsynced(self._path(data_key, readers), content)
+
+
+def _digest(tensors: Mapping[str, Tensor]) -> bytes:
+    """Hash of contiguous tensors and their names."""
+    import torch
+
+    digest = hashlib.sha256()
+    for name, one in sorted(tensors.items()):
+        digest.update(f"{name} {one.dtype} {tuple(one.shape)}\n".encode())
+        # As bytes, for numpy lacks some of torch's types.
+        digest.update(one.flatten().view(torch.uint8).numpy().data)
+    return digest.digest()

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from lifelong_moe.evaluation import reading
 from lifelong_moe.store.readings import ReadingCache
@@ -50,3 +53,29 @@ def test_old_generations_read_no_text_again(lab: Path, monkeypatch: pytest.Monke
     expected, _ = train()
     for stage, other in zip(report["loss_nats_per_token"], expected["loss_nats_per_token"], strict=True):
         assert stage == pytest.approx(other, rel=1e-6)
+
+
+def test_a_cache_that_a_crash_has_damaged_is_made_again(tmp_path: Path) -> None:
+    cache, tensors = (
+        ReadingCache(tmp_path),
+        {"nats": torch.ones(3, 2), "places": torch.arange(5), "none": torch.ones(0)},
+    )
+    cache.add("a" * 64, ["r"], tensors)
+    [path] = cache.root.iterdir()
+    found = cache.find("a" * 64, ["r"], dict)
+    assert found is not None and found.keys() == tensors.keys()
+    assert all(torch.equal(found[name], one) for name, one in tensors.items())
+    whole = path.read_bytes()
+    # What the disk has not got reads as zeros, or ends early.
+    header = 8 + int.from_bytes(whole[:8], "little")
+    for left in (whole[:-1], b"", bytes(len(whole)), whole[:header] + bytes(len(whole) - header)):
+        path.write_bytes(left)
+        assert cache.find("a" * 64, ["r"], dict) is None
+    save_file(tensors, path)  # as earlier versions wrote it
+    assert cache.find("a" * 64, ["r"], dict) is None
+
+
+def test_readings_do_not_wait_for_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "fsync", lambda _: pytest.fail("waits"))
+    ReadingCache(tmp_path).add("a" * 64, ["r"], {"nats": torch.ones(3)})
+    assert len(list((tmp_path / "readings").iterdir())) == 1
