@@ -1,4 +1,4 @@
-"""Draw the pictures of README.md and docs/results.md from the JSON of the comparisons that they show.
+"""Draw the pictures of README.md and the pages from the JSON of what they show.
 
 PYTHONPATH=$PWD python docs/make_pictures.py
 """
@@ -7,13 +7,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from statistics import fmean
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import table_kinds as kinds
 from make_tables import MAIN
 
 from lifelong_moe.reports.figures.comparison import FORGETTING, GAP, pareto_figure
+from lifelong_moe.reports.figures.drawing import LINE_COLOURS, canvas, entitle
 from lifelong_moe.storage.keys import content_key
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 def in_bits(file: str, names: Mapping[str, str]) -> dict[str, object]:
@@ -36,6 +40,40 @@ def in_bits(file: str, names: Mapping[str, str]) -> dict[str, object]:
     return {**whole, "arms": arms}
 
 
+SECONDS = {"training": "training", "evaluation": "evaluation", "records": "records in MLflow"}
+KILOBYTES = {
+    "record bytes": "config.json",
+    "evaluation bytes": "its evaluation",
+    "logged bytes": "notes of what MLflow has",
+}
+
+
+def long_life() -> dict[str, object]:
+    """What each stage of a long run takes and leaves."""
+    found = kinds.read("results/long_life50")["checkouts"]["now"]["stages"]
+    return {name: [stage[name] for stage in found] for name in (*SECONDS, *KILOBYTES)}
+
+
+def long_life_figure(curves: Mapping[str, list[float]]) -> Figure:
+    """Two panels over the stages: processor seconds, and kilobytes of files that grow."""
+    figure, panels = canvas(9.0, 3.4, 1, 2)
+    for axes, names, unit, scale in zip(
+        panels, (SECONDS, KILOBYTES), ("processor seconds", "kB"), (1.0, 1e-3), strict=True
+    ):
+        for colour, (name, words) in zip(LINE_COLOURS, names.items(), strict=False):
+            values = [scale * one for one in curves[name]]
+            axes.plot(range(1, len(values) + 1), values, color=colour)
+            # Beside its end, as a legend would lie over the curves.
+            axes.annotate(words, (len(values), values[-1]), xytext=(4, 0), textcoords="offset points", fontsize=8,
+                          color=colour, va="center", annotation_clip=False)  # fmt: skip
+        axes.set(xlabel="stage", ylabel=f"{unit} a stage", ylim=(0, None))
+        axes.margins(x=0.02)
+    stages = len(curves["training"])
+    note = "each stage has a distribution of its own, and all are measured after each; a tiny model"
+    entitle(figure, f"{stages} stages, {stages} distributions", "what a stage takes and leaves", note)
+    return figure
+
+
 def pictures() -> dict[str, dict[str, object]]:
     """What each picture shows, by its path below ``docs/``."""
     readme = {name: words.replace("**", "").replace("`", "") for name, (words, _) in MAIN.items()}
@@ -43,13 +81,14 @@ def pictures() -> dict[str, dict[str, object]]:
     return {
         "results/trained_base.png": in_bits("results/trained_base", readme),
         "results/pareto.png": in_bits("results/bench", bench),
+        "results/long_life50.png": long_life(),
     }
 
 
 def main() -> None:
     """Draw each picture beside its JSON; it keeps the key of what it shows, by which a test knows whether it is old."""
     for path, shown in pictures().items():
-        figure = pareto_figure(shown)
+        figure = long_life_figure(shown) if "long_life" in path else pareto_figure(shown)
         assert figure is not None, path
         figure.savefig(kinds.ROOT / "docs" / path, metadata={"Source": content_key(shown)})
 
