@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from lifelong_moe.data.text.batches import COPY, MANIFEST, BatchStore, read_manifest
-from lifelong_moe.data.text.manifest import FOLDER
+from lifelong_moe.data.text.manifest import FOLDER, HASHES
 from lifelong_moe.errors import CorruptError
 from lifelong_moe.storage.directories import remove_directory
 from lifelong_moe.storage.grammars import Key
@@ -323,7 +323,8 @@ def _readings(cache: Path) -> list[Stored]:
 
 
 def _manifests(cache: Path) -> list[Stored]:
-    return [_stored_file(path) for path in sorted(cache.glob(f"{FOLDER}/*.json")) if OURS.fullmatch(path.stem)]
+    found = sorted(path for kind in (".json", HASHES) for path in cache.glob(f"{FOLDER}/*{kind}"))
+    return [_stored_file(path) for path in found if OURS.fullmatch(path.stem)]
 
 
 def _stored_file(path: Path) -> Stored:

@@ -15,7 +15,7 @@ from lifelong_moe.data.text.inbox import Arrived
 from lifelong_moe.errors import CorruptError
 from lifelong_moe.retraining.bounds import LEAST_SOURCES
 from lifelong_moe.storage.files import write_atomic
-from lifelong_moe.storage.grammars import Sha256
+from lifelong_moe.storage.grammars import Prefix, Sha256
 from lifelong_moe.storage.keys import canonical_json, content_key
 from lifelong_moe.storage.plain import from_plain
 from lifelong_moe.storage.remembered import SETTLED_SECONDS
@@ -41,7 +41,20 @@ class Counts:
     def of(cls, tick: Tick, new: NewDocuments) -> Counts:
         """Count new documents, their sources and tokens."""
         sources = {document.source for document in new.documents}
-        return cls(len(new.documents), len(sources), tick.count_tokens(new.documents), new.near_copies)
+        return cls(len(new.documents), len(sources), sum(tick.tokens_of(new.documents)), new.near_copies)
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a tick found in the inbox."""
+
+    counts: Counts
+    batch: Sha256 | None = None
+    """The batch that these documents are; None if there are none."""
+    sources: Prefix | None = None
+    """Which copy of it; see :attr:`pipelines.shared.novelty.NewDocuments.sources`."""
+    bad_lines: int | None = None
+    """Lines that were left out."""
 
 
 @dataclass(frozen=True)
@@ -49,11 +62,11 @@ class _Note:
     files: Sha256
     """Of the names, sizes, times and inodes of the inbox's files."""
     compared_with: Sha256
-    counts: Counts
+    found: Found
 
 
-def counts_before(tick: Tick, files: Arrived | None) -> Counts | None:
-    """What an earlier tick counted, if the inbox's files and all that they are compared with are as they were.
+def found_before(tick: Tick, files: Arrived | None) -> Found | None:
+    """What an earlier tick found, if the inbox's files and all that they are compared with are as they were.
 
     The text of the distributions themselves is taken to be as it was: a stage that is trained checks it.
 
@@ -64,23 +77,28 @@ def counts_before(tick: Tick, files: Arrived | None) -> Counts | None:
     if files is None:
         return None
     if not files.number:
-        return Counts()
+        return Found(Counts())
     # It comes with the store, which may be somebody else's; but no copy of a file has this one's inode and times.
     with suppress(OSError, CorruptError):
         note = read_stored(tick.record.path / "inbox.json", partial(from_plain, _Note))
-        if (note.files, note.compared_with) == (files.state, _compared_with(tick)):
-            return note.counts
+        if (note.files, note.compared_with) == (files.state, compared_with(tick)):
+            return note.found
     return None
 
 
-def remember_counts(tick: Tick, files: Arrived | None, counts: Counts) -> None:
-    """Keep what was counted for the next tick; a store that cannot be written to is looked through again."""
+def remember_found(tick: Tick, files: Arrived | None, found: Found) -> None:
+    """Keep what was found for the next tick; a store that cannot be written to is looked through again."""
     # A file that is written to while its time of change does not move on would be taken for the one that was read,
     # also if that happened while others were read.
-    if files is not None and files.changed_ns < files.looked_ns - SETTLED_SECONDS * 1e9:
-        note = _Note(files.state, _compared_with(tick), counts)
+    if files is not None and files.changed_ns < settled_before(files):
+        note = _Note(files.state, compared_with(tick), found)
         with suppress(OSError):
             write_atomic(tick.record.path / "inbox.json", canonical_json(asdict(note)))
+
+
+def settled_before(files: Arrived) -> float:
+    """Time in nanoseconds since the epoch; a file that changed before it has another time once it changes again."""
+    return files.looked_ns - SETTLED_SECONDS * 1e9
 
 
 def too_little(tick: Tick, new: Counts) -> str | None:
@@ -107,7 +125,7 @@ def near_copies_of(number: int) -> str:
     return f"{number:,} documents in the inbox are near copies of text seen before"
 
 
-def _compared_with(tick: Tick) -> str:
+def compared_with(tick: Tick) -> str:
     """A hash of what decides which documents are new, and how many tokens they have."""
     head, config = tick.head, tick.config
     distributions = {name: asdict(config.distributions[name]) for name in config.evaluated}

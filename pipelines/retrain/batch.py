@@ -26,7 +26,7 @@ from pipelines.retrain.plan_file import PlanFacts
 from pipelines.retrain.record import TickRecord
 from pipelines.retrain.render import print_plan
 from pipelines.retrain.tick import Tick
-from pipelines.retrain.waiting import still_waiting
+from pipelines.retrain.waiting import Offered, still_waiting
 from pipelines.shared.kept_text import with_texts
 from pipelines.shared.novelty import NewDocuments
 from pipelines.shared.places import ROOT
@@ -41,9 +41,9 @@ def carry_out(
 ) -> TickOutcome:
     """Plan, train, gate, promote or reject; arguments and errors as for :func:`pipelines.retrain.retrain.retrain`."""
     # A dry run always looks, and a plan is carried out or refused as stale.
-    if plan_path is None and not dry_run and (before := still_waiting(tick, new)) is not None:
+    if plan_path is None and not dry_run and (before := _still_waiting(tick, new)) is not None:
         tick.tell_champion()
-        return tick.end(TickOutcome("waiting", _last_reason(before), batch=before.batch, data=before.data))
+        return tick.end(before)
     trainer = _candidate_trainer(tick, new, texts, interrupt)
     mlflow = TickRecord(Tracker.connect(tick.config.tracking, ROOT), tick)
     try:
@@ -62,9 +62,10 @@ def carry_out(
         raise
 
 
-def _last_reason(facts: PlanFacts) -> str:
-    """The last of a plan's reasons: why nothing is trained."""
-    return facts.decision.reasons[-1].removeprefix("Skip: ").removeprefix("Wait: ").rstrip(".")
+def _still_waiting(tick: Tick, new: NewDocuments) -> TickOutcome | None:
+    documents = {document.hash: document for document in new.documents}
+    offered = Offered(new.hash, new.sources, {digest: document.source for digest, document in documents.items()})
+    return still_waiting(tick, offered, lambda joined: sum(tick.tokens_of([documents[one] for one in joined])))
 
 
 def _candidate_trainer(tick: Tick, new: NewDocuments, texts: Texts, interrupt: Interrupt) -> CandidateTrainer:
@@ -142,7 +143,7 @@ def _without_training(plan: TickPlan, dry_run: bool) -> TickOutcome | None:
     if plan.facts.exceeded:
         return TickOutcome("over budget", plan.facts.exceeded[0].rstrip("."))
     if plan.candidate is None:
-        return TickOutcome("waiting" if plan.action == Action.wait else "skipped", _last_reason(plan.facts))
+        return TickOutcome("waiting" if plan.action == Action.wait else "skipped", plan.facts.last_reason)
     return None
 
 

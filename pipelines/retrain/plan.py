@@ -10,15 +10,13 @@ from pathlib import Path
 
 from lifelong_moe.config.retraining.operation import LimitsConfig
 from lifelong_moe.plan.methods import stage_specs
-from lifelong_moe.plan.retraining import Retraining
 from lifelong_moe.retraining.decision import Action, Decision, decide
 from lifelong_moe.retraining.drifted import Drift
 from lifelong_moe.storage.files import write_atomic
-from lifelong_moe.storage.keys import SHORT, content_key
 from lifelong_moe.store.head import RunHead
 from lifelong_moe.store.runs import RunRecord, latest_timestamp, timestamp
 from pipelines.retrain.drifting import drift_notes, has_drifted, look_at_batch, measure_batch, untested
-from pipelines.retrain.plan_file import Decided, PlanFacts, Serving, StageFacts
+from pipelines.retrain.plan_file import Decided, PlanFacts, Serving, StageFacts, plan_path, settings_hash
 from pipelines.retrain.probes import probe, require_room_for, shortened, stage_facts
 from pipelines.shared.novelty import NewDocuments
 from pipelines.versions.candidates import Candidate, CandidateTrainer
@@ -266,15 +264,3 @@ def plan_facts(
         reads=[stage.key for stage in trainer.champion.stages],
         stages=[] if stage is None else [stage.key],
     )
-
-
-def plan_path(record: RunRecord, batch: str) -> Path:
-    """Path of a batch's plan."""
-    return record.path / "plans" / f"{batch[:SHORT]}.json"
-
-
-def settings_hash(retraining: Retraining) -> str:
-    """Hash of the retraining file and its base, overrides included; without what only matters after the gate."""
-    settings = dataclasses.asdict(retraining.settings)
-    del settings["promote"]
-    return content_key([settings, retraining.raw()])

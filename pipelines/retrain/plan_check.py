@@ -14,8 +14,8 @@ from lifelong_moe.errors import StalePlanError
 from lifelong_moe.retraining.decision import Action
 from lifelong_moe.storage.keys import SHORT
 from lifelong_moe.store.runs import OpenRun, RunRecord, latest_timestamp, timestamp
-from pipelines.retrain.plan import VALID_DAYS, TickPlan, exceeded_limits, no_room, plan_facts, settings_hash, why_fixed
-from pipelines.retrain.plan_file import PlanFacts, read_plan
+from pipelines.retrain.plan import VALID_DAYS, TickPlan, exceeded_limits, no_room, plan_facts, why_fixed
+from pipelines.retrain.plan_file import PlanFacts, read_plan, settings_hash
 from pipelines.retrain.probes import stage_facts
 from pipelines.shared.novelty import NewDocuments
 from pipelines.versions.candidates import Candidate, CandidateTrainer

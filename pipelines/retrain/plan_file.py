@@ -9,14 +9,17 @@ from pathlib import Path
 from typing import Any, Literal, Self
 
 from lifelong_moe.errors import ConfigError, CorruptError, StalePlanError
+from lifelong_moe.plan.retraining import Retraining
 from lifelong_moe.retraining.decision import Action
 from lifelong_moe.retraining.drifted import Drift
 from lifelong_moe.retraining.looks import Looks
 from lifelong_moe.retraining.predicted import Power
 from lifelong_moe.storage.grammars import Key, Name, Prefix, Sha256
+from lifelong_moe.storage.keys import SHORT, content_key
 from lifelong_moe.storage.opening import read_bounded
 from lifelong_moe.storage.plain import PlainError, from_plain
 from lifelong_moe.storage.stored import parse_json
+from lifelong_moe.store.runs import RunRecord
 
 MAX_PLAN_BYTES = 16 << 20
 """Longest plan; one names each stage that it reads, and has some kilobytes."""
@@ -122,6 +125,11 @@ class PlanFacts:
         """
         return from_plain(cls, values)
 
+    @property
+    def last_reason(self) -> str:
+        """The last of the reasons: why nothing is trained, if nothing is."""
+        return self.decision.reasons[-1].removeprefix("Skip: ").removeprefix("Wait: ").rstrip(".")
+
     def postponed(self, reason: str) -> PlanFacts:
         """The plan with the decision to wait, after a gate that left the question open."""
         reasons = [*self.decision.reasons, reason]
@@ -138,6 +146,18 @@ def read_plan(path: Path) -> PlanFacts:
         return PlanFacts.from_json(parse_json(read_bounded(path, MAX_PLAN_BYTES, follow=True), path))
     except (OSError, CorruptError, PlainError):
         raise ConfigError(f"{path}: not a plan of lifelong-moe retrain.") from None
+
+
+def plan_path(record: RunRecord, batch: str) -> Path:
+    """Path of a batch's plan."""
+    return record.path / "plans" / f"{batch[:SHORT]}.json"
+
+
+def settings_hash(retraining: Retraining) -> str:
+    """Hash of the retraining file and its base, overrides included; without what only matters after the gate."""
+    settings = dataclasses.asdict(retraining.settings)
+    del settings["promote"]
+    return content_key([settings, retraining.raw()])
 
 
 def refuse_idle_plan(path: str | None, now: str) -> None:

@@ -12,19 +12,23 @@ from rich.console import Console
 
 from lifelong_moe.config.data import KeepText
 from lifelong_moe.config.routing.own import allow_router
-from lifelong_moe.data.tokens.texts import Texts
+from lifelong_moe.data.formats.bad_lines import BadLines
+from lifelong_moe.data.text.inbox import Arrived
+from lifelong_moe.data.tokens.known_hashes import HashIndex
 from lifelong_moe.plan.retraining import Retraining
 from lifelong_moe.storage.locks import locked
 from lifelong_moe.store.runs import RunRecord, latest_timestamp, require_head
 from lifelong_moe.store.stages import StageStore
 from lifelong_moe.training.callbacks.interrupt import Interrupt, handling_signals
 from lifelong_moe.training.callbacks.own import allow_own
-from pipelines.retrain.arrivals import Counts, counts_before, near_copies_of, remember_counts, too_little
+from pipelines.retrain.arrivals import Counts, Found, found_before, near_copies_of, remember_found, too_little
+from pipelines.retrain.first_look import FirstLook, first_look, remember_rows
 from pipelines.retrain.outcome import AWAITING, TickOutcome, awaiting
 from pipelines.retrain.plan_file import read_plan, refuse_idle_plan
 from pipelines.retrain.tick import Tick
-from pipelines.shared.novelty import NewDocuments, look_at, new_documents, read_texts
-from pipelines.shared.places import ROOT, remove_abandoned
+from pipelines.retrain.waiting import decided_before, still_waiting
+from pipelines.shared.novelty import known_text, look_at, new_documents, read_texts
+from pipelines.shared.places import CACHE, ROOT, remove_abandoned
 from pipelines.versions.served import with_versions
 
 
@@ -91,14 +95,34 @@ def _tick(tick: Tick, interrupt: Interrupt, dry_run: bool, plan_path: str | None
         tick.tell_champion()
         batch = waits.stages[-1].batch
         return tick.end(TickOutcome(AWAITING, waiting_for, batch=batch, candidate=waits.key, version=waits.id))
-    files = look_at(tick.retraining.settings.inbox)
-    if (counts := counts_before(tick, files)) is not None and (reason := too_little(tick, counts)) is not None:
-        return _idle(tick, reason, counts, plan_path)
+    inbox = tick.retraining.settings.inbox
+    files = look_at(inbox)
+    # A dry run always looks, and a plan is carried out or refused as stale.
+    may_repeat = plan_path is None and not dry_run
+    if (found := found_before(tick, files)) is not None:
+        if (reason := too_little(tick, found.counts)) is not None:
+            return _idle(tick, reason, found.counts, plan_path)
+        if may_repeat and found.batch and (ended := decided_before(tick, found.batch, found.sources)) is not None:
+            tick.bad_lines = found.bad_lines
+            return _repeat(tick, ended)
+    texts, index = read_texts(tick.config, tick.known), HashIndex(CACHE)
+    known = known_text(tick.config, texts, tick.head.batches, tick.batches)
+    with tick.console.status("looking at the inbox"):
+        look = first_look(tick, known, index)
+    if (ended := _without_known_text(tick, files, look, plan_path, may_repeat=may_repeat)) is not None:
+        texts.remember()
+        index.save()
+        return ended
     _require_trainer(tick)
-    texts, new = _look(tick)
+    texts.remember()
+    index.save()
+    with tick.console.status("looking for copies of known text"):
+        new = new_documents(inbox, known, tick.batches, look.glance)
+    _tell(tick, new.bad_lines, new.known, new.near_copies)
     counts = Counts.of(tick, new)
+    remember_rows(tick, files, look, new.copies)
+    remember_found(tick, files, Found(counts, new.hash if new.documents else None, new.sources, tick.bad_lines))
     if (reason := too_little(tick, counts)) is not None:
-        remember_counts(tick, files, counts)
         return _idle(tick, reason, counts, plan_path)
     _warn_of_future_versions(tick)
     from pipelines.retrain.batch import carry_out  # imports torch, which an idle tick does without
@@ -106,17 +130,38 @@ def _tick(tick: Tick, interrupt: Interrupt, dry_run: bool, plan_path: str | None
     return carry_out(tick, texts, new, interrupt, plan_path, dry_run=dry_run)
 
 
-def _look(tick: Tick) -> tuple[Texts, NewDocuments]:
-    """Read the run's texts and the inbox, and print what the inbox held besides new documents."""
-    with tick.console.status("looking at the inbox"):
-        texts = read_texts(tick.config, tick.known)
-        new = new_documents(tick.retraining.settings.inbox, texts, tick.head.batches, tick.batches)
-    tick.quarantine(new.bad_lines)
-    if new.known:
-        tick.console.print(f"{new.known:,} documents in the inbox were seen before, or repeat others")
-    if new.near_copies:
-        tick.console.print(f"{near_copies_of(new.near_copies)}, and are left out")
-    return texts, new
+def _without_known_text(
+    tick: Tick, files: Arrived | None, look: FirstLook, plan_path: str | None, *, may_repeat: bool
+) -> TickOutcome | None:
+    """End a tick whose new documents are too little, or wait; None if known text must be read to tell."""
+    counts = look.counts
+    reason, ended, offered = too_little(tick, counts), None, None
+    if reason is None and may_repeat:
+        offered = look.offered(tick.batches.copy_with)
+        ended = decided_before(tick, offered.batch, offered.sources) or still_waiting(tick, offered, look.tokens)
+    if reason is None and ended is None:
+        return None
+    _tell(tick, look.glance.bad_lines, look.repeats, len(look.copies))
+    batch, sources = (None, None) if offered is None else (offered.batch, offered.sources)
+    remember_found(tick, files, Found(counts, batch, sources, tick.bad_lines))
+    remember_rows(tick, files, look, look.copies)
+    return _idle(tick, reason, counts, plan_path) if ended is None else _repeat(tick, ended)
+
+
+def _tell(tick: Tick, bad_lines: BadLines | None, repeats: int, near_copies: int) -> None:
+    """Print what the inbox held besides new documents."""
+    tick.quarantine(bad_lines)
+    if repeats:
+        tick.console.print(f"{repeats:,} documents in the inbox were seen before, or repeat others")
+    if near_copies:
+        tick.console.print(f"{near_copies_of(near_copies)}, and are left out")
+
+
+def _repeat(tick: Tick, ended: TickOutcome) -> TickOutcome:
+    """End a tick as the one before it."""
+    _warn_of_future_versions(tick)
+    tick.tell_champion()
+    return tick.end(ended)
 
 
 def _require_trainer(tick: Tick) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import replace
 
+import numpy as np
 from rich.console import Console
 
 from lifelong_moe.config.data import KeepText
@@ -43,6 +44,7 @@ class Tick(OpenRun):
         self.retraining, self.console = retraining, console
         self.bad_lines: int | None = None
         """Lines of the inbox that this tick left out."""
+        self._tokens: dict[str, int] = {}
         self.store, self.batches = StageStore(ROOT), BatchStore(ROOT)
         self.base, self.added = served_stages(head.champion, self.store)
         self.config = retraining.config(self.base, self.added)
@@ -81,7 +83,11 @@ class Tick(OpenRun):
         """Send MLflow what it missed, and which version serves."""
         # After an idle tick all is told but what the spool holds, and opening MLflow takes longer than such a tick.
         last, tracking = self.head.last_tick, self.config.tracking
-        if last is not None and last.outcome in ("idle", "waiting", AWAITING) and not Tracker.owes(tracking, ROOT):
+        if (
+            last is not None
+            and last.outcome in ("idle", "waiting", "over budget", AWAITING)
+            and not Tracker.owes(tracking, ROOT)
+        ):
             return
         # A server that was away during an earlier tick learns of its outcome even if nothing new arrives.
         tracker = Tracker.connect(tracking, ROOT)
@@ -133,12 +139,13 @@ class Tick(OpenRun):
                 self.record.set_head(replace(require_head(ROOT, self.record.run), last_tick=last))
         hooks.tell(self.retraining.settings.hooks, replace(failure, run=self.record.run, at=timestamp()))
 
-    def count_tokens(self, documents: Sequence[Document]) -> int:
-        """Number of tokens of documents by the champion's tokenizer."""
-        if not documents:
-            return 0
-        tokenizer = self.store.tokenizer(self.store.get(self.head.champion.key))
-        return tokenize_documents(documents, tokenizer).num_tokens
+    def tokens_of(self, documents: Sequence[Document]) -> list[int]:
+        """Number of tokens of each document by the champion's tokenizer, counted once in a tick."""
+        if uncounted := [document for document in documents if document.hash not in self._tokens]:
+            tokenizer = self.store.tokenizer(self.store.get(self.head.champion.key))
+            counted = np.diff(tokenize_documents(uncounted, tokenizer).offsets).tolist()
+            self._tokens |= {document.hash: number for document, number in zip(uncounted, counted, strict=True)}
+        return [self._tokens[document.hash] for document in documents]
 
     def trained(self, stage: CommittedStage) -> None:
         """Log a stage in the ledger, once."""

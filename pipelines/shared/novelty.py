@@ -6,8 +6,10 @@ New is what has no copy and no near copy in the champion's distributions or in a
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +18,14 @@ from lifelong_moe.config.retraining.operation import InboxConfig
 from lifelong_moe.config.retraining.policy import HELDOUT_SOURCES
 from lifelong_moe.config.run import RunConfig
 from lifelong_moe.data.formats.bad_lines import BadLines
+from lifelong_moe.data.formats.inbox_rows import ReadFile
 from lifelong_moe.data.formats.limits import MAX_INBOX_BYTES, Quota
 from lifelong_moe.data.text.batches import BatchStore
 from lifelong_moe.data.text.documents import Document, documents_hash, normalized_hash
-from lifelong_moe.data.text.inbox import Arrived, Inbox, look_at_inbox, read_inbox
+from lifelong_moe.data.text.inbox import Arrived, FileRead, Glance, glance_at_inbox, look_at_inbox
 from lifelong_moe.data.text.near_copies import near_copies
 from lifelong_moe.data.tokens import texts as documents
+from lifelong_moe.data.tokens.known_hashes import WIDTH, HashIndex, KnownText
 from lifelong_moe.data.tokens.records import Remembered
 from lifelong_moe.data.tokens.texts import Texts
 from lifelong_moe.storage.keys import content_key
@@ -43,8 +47,8 @@ class NewDocuments:
     """Name, size and hash of each file read."""
     known: int
     """Documents of these files that were seen before, or repeat a new one."""
-    near_copies: int
-    """Documents of these files that are near copies of what was seen before, held-out text included."""
+    copies: frozenset[str]
+    """Hashes of documents of these files that are near copies of what was seen before, held-out text included."""
     sources: str | None = None
     """Identifies this copy of the batch if the same documents arrived before with other sources; otherwise None."""
     mode: int = SHARED
@@ -52,51 +56,111 @@ class NewDocuments:
     bad_lines: BadLines | None = None
     """Lines that were left out because they hold no document, if that is allowed."""
 
+    @property
+    def near_copies(self) -> int:
+        """Number of these near copies."""
+        return len(self.copies)
+
+
+@dataclass(frozen=True)
+class Known:
+    """All text that the inbox's documents are compared with."""
+
+    texts: list[KnownText]
+    """Each text once: of the champion's distributions, and of batches that a tick has decided about."""
+    heldout: list[Sequence[Document]]
+    """Held-out documents, which are among these."""
+    removed: frozenset[bytes]
+    """Of documents whose text was removed, the hashes that equal ones share, which find no near copies."""
+    learned: list[str]
+    """Batches that are distributions of the champion, as the one their text is read for."""
+
+    def require_undamaged(self, batches: BatchStore) -> None:
+        """Verify what is read as a distribution's file, and so without the hash that a batch has.
+
+        Raises:
+            CorruptError: If a batch is absent or damaged.
+        """
+        for batch in self.learned:
+            batches.manifest(batch)
+
 
 def read_texts(config: RunConfig, known: Remembered | None = None) -> Texts:
     """Read the documents of a run's distributions; near copies of held-out text are left out of the training text."""
     sources = {name: config.distributions[name] for name in config.evaluated}
-    found = documents.read_texts(sources, config.trained, CACHE, known or Remembered())
-    found.remember()
-    return found
+    return documents.read_texts(sources, config.trained, CACHE, known or Remembered())
 
 
-def new_documents(inbox: InboxConfig, texts: Texts, settled: Iterable[str], batches: BatchStore) -> NewDocuments:
+def known_text(config: RunConfig, texts: Texts, settled: Iterable[str], batches: BatchStore) -> Known:
+    """What documents are compared with; none of it is read yet.
+
+    Args:
+        config: The champion's.
+        texts: Texts of its distributions.
+        settled: Hashes of batches that a tick has decided about.
+        batches: The store of these batches.
+    """
+    found = [KnownText.of(split) for split in texts.splits.values()]
+    kept = [documents for name, documents in texts.heldout.items() if name not in texts.splits]
+    found += map(KnownText.there, kept)
+    # A batch that was learned is a distribution, too, whose documents are all of it: it is not read twice.
+    files = {config.distributions[name].files for name, split in texts.splits.items() if not split.duplicates}
+    removed, learned = set[bytes](), list[str]()
+    for batch in settled:
+        path = batches.path(batch)
+        if not batches.has_text(batch):
+            removed |= {bytes.fromhex(digest)[:WIDTH] for digest in batches.normalized(batch)}
+        elif str(path) in files:
+            learned.append(batch)
+        else:
+            found.append(KnownText.of_file(path, batch, partial(batches.documents, batch)))
+    return Known(found, list(texts.heldout.values()), frozenset(removed), learned)
+
+
+def new_documents(inbox: InboxConfig, known: Known, batches: BatchStore, read: Glance | None = None) -> NewDocuments:
     """Read the inbox and leave out documents that were seen before, and near copies of them.
+
+    All that is known is read, as a stream. No index is believed: this decides what is learned.
 
     Args:
         inbox: The inbox's settings.
-        texts: Texts of the champion's distributions.
-        settled: Hashes of batches that a tick has decided about.
-        batches: The store of these batches.
+        known: What documents are compared with.
+        batches: The store of batches.
+        read: What was read of the inbox a moment ago; what it lacks is read again.
 
     Raises:
         DataError: ``file:line: reason``.
     """
-    bad = BadLines(inbox.max_bad_lines) if inbox.bad_lines == BadLinesRule.quarantine else None
-    found = _arrived(inbox, bad)
+    # Of files that nothing has touched a glance has no text.
+    glance = glance_at(inbox, {}) if read is None or read.is_partial else read
+    found, bad = glance.inbox(), glance.bad_lines
     if found is None:
-        return NewDocuments([], documents_hash([]), "", [], 0, 0, bad_lines=bad)
+        return NewDocuments([], documents_hash([]), "", [], 0, frozenset(), bad_lines=bad)
+    known.require_undamaged(batches)
     # A text that stands in several files gets the source which the last of them names.
     new = {normalized_hash(document.text): document for document in found.documents}
-    held = [document for documents in texts.heldout.values() for document in documents]
-    seen = held + [d for corpus in texts.corpora.values() for d in (*corpus.train, *corpus.near_copies)]
-    there = {batch: batches.has_text(batch) for batch in settled}
-    seen += [document for batch in there if there[batch] for document in batches.documents(batch)]
-    # Of removed text only hashes are left, which find equal documents but no near copies.
-    removed = set().union(*(batches.normalized(batch) for batch in there if not there[batch]))
-    for digest in (*removed, *(normalized_hash(document.text) for document in seen)):
-        new.pop(digest, None)
+    by_same = {bytes.fromhex(digest)[:WIDTH]: document for digest, document in new.items()}
+    seen = HashIndex(CACHE).read(by_same, known.texts) | known.removed
+    left = [document for same, document in by_same.items() if same not in seen]
     # A near copy in the training text would teach what the gate measures on; one in the held-out text would measure
     # what was trained on.
-    left = list(new.values())
-    either = zip(near_copies(left, seen, may_contain=True), near_copies(left, held, may_contain=False), strict=True)
+    held = chain.from_iterable(known.heldout)
+    stream = chain.from_iterable(text.documents() for text in known.texts)
+    either = zip(near_copies(left, stream, may_contain=True), near_copies(left, held, may_contain=False), strict=True)
     copies = [one or other for one, other in either]
     documents = [document for document, is_copy in zip(left, copies, strict=True) if not is_copy]
     digest = documents_hash(documents)
-    name, known = f"{found.distribution or 'batch'}-{digest[:8]}", len(found.documents) - len(left)
-    sources = batches.sources(documents)
-    return NewDocuments(documents, digest, name, found.files, known, sum(copies), sources, found.mode, bad)
+    return NewDocuments(
+        documents,
+        digest,
+        f"{found.distribution or 'batch'}-{digest[:8]}",
+        found.files,
+        len(found.documents) - len(left),
+        frozenset(document.hash for document, is_copy in zip(left, copies, strict=True) if is_copy),
+        batches.sources(documents),
+        found.mode,
+        bad,
+    )
 
 
 def look_at(inbox: InboxConfig) -> Arrived | None:
@@ -113,11 +177,16 @@ def look_at(inbox: InboxConfig) -> Arrived | None:
 
 def arrived(inbox: InboxConfig) -> set[str]:
     """Hashes of all documents in the inbox, seen before or not."""
-    found = _arrived(inbox, BadLines(inbox.max_bad_lines) if inbox.bad_lines == BadLinesRule.quarantine else None)
-    return set() if found is None else {document.hash for document in found.documents}
+    return {row.hash for file in glance_at(inbox, {}).files for row in file.rows()}
 
 
-def _arrived(inbox: InboxConfig, bad_lines: BadLines | None) -> Inbox | None:
+def glance_at(inbox: InboxConfig, before: Mapping[str, ReadFile]) -> Glance:
+    """Read what has arrived since an earlier glance, by the same settings.
+
+    Raises:
+        DataError: ``file:line: reason``.
+    """
+    bad = BadLines(inbox.max_bad_lines) if inbox.bad_lines == BadLinesRule.quarantine else None
     source = SourceConfig(
         files=inbox.path,
         hf=inbox.hf,
@@ -128,11 +197,13 @@ def _arrived(inbox: InboxConfig, bad_lines: BadLines | None) -> Inbox | None:
         source_field=inbox.source_field,
     )
     if inbox.path is not None:
-        return read_inbox(Path(inbox.path), source, bad_lines)
+        return glance_at_inbox(Path(inbox.path), source, bad, before)
     from lifelong_moe.data.text.hub import hub_documents
 
     documents = list(hub_documents(source, Quota(MAX_INBOX_BYTES, "the inbox")))
-    return Inbox(documents, [{"name": f"{inbox.hf}@{inbox.revision}"}], None) if documents else None
+    # It has no file that could tell whether it has changed.
+    found = {"name": f"{inbox.hf}@{inbox.revision}"}
+    return Glance([FileRead("", found, (), SHARED, 0, documents, is_whole=False)], None)
 
 
 def batch_source(files: str, heldout_fraction: float, heldout_sources: int = HELDOUT_SOURCES) -> SourceConfig:

@@ -99,7 +99,9 @@ class CandidateTrainer:
     def texts(self) -> Texts:
         """Documents of every distribution, the batch's included."""
         kept, added = served_stages(self.champion, self.store)
-        return read_texts(self.retraining.config(kept, [*added, NewStage(self.new, self.files)]), self.known)
+        found = read_texts(self.retraining.config(kept, [*added, NewStage(self.new, self.files)]), self.known)
+        found.remember()
+        return found
 
     def plan(
         self, continues: str | None, tokens: int | None = None, grow: Mapping[str, Any] | None = None

@@ -108,7 +108,7 @@ def settled(monkeypatch: pytest.MonkeyPatch) -> None:
 def reads_nothing(*overrides: str) -> str:
     """Why a tick that may read neither the inbox nor known text is idle."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("pipelines.shared.novelty.read_inbox", None)
+        patch.setattr("pipelines.shared.novelty.glance_at_inbox", None)
         patch.setattr("pipelines.retrain.retrain.read_texts", None)
         outcome = tick(*overrides)
     assert outcome["outcome"] == "idle"

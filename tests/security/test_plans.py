@@ -15,7 +15,7 @@ import pytest
 from lifelong_moe.errors import StalePlanError
 from lifelong_moe.plan.retraining import load_retraining
 from lifelong_moe.store.runs import timestamp
-from pipelines.retrain.plan import settings_hash
+from pipelines.retrain.plan_file import settings_hash
 from tests.known_stages import use_known_stages
 from tests.retrain_lab import arrive, ledger, make_base, stages, tick
 

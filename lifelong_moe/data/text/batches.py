@@ -84,7 +84,11 @@ class BatchStore:
         Raises:
             CorruptError: If the first copy is damaged.
         """
-        batch, given = documents_hash(documents), {document.hash: document.source for document in documents}
+        return self.copy_with({document.hash: document.source for document in documents})
+
+    def copy_with(self, given: Mapping[str, str]) -> str | None:
+        """:meth:`sources` of documents of which only hash and source are known."""
+        batch = hash_of_hashes(given)
         if not self.path(batch).parent.exists():
             return None
         # Compared as a set: a batch is its documents, whatever order they arrived in.

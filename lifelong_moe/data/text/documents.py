@@ -61,6 +61,8 @@ class Corpus:
     """What became of each file that was read for it; see :func:`lifelong_moe.data.text.files.settled`."""
     identity: str = field(default="", compare=False)
     """Of all that it was made of: its configuration and the hashes of its files. Empty if that is not known."""
+    state: str = field(default="", compare=False)
+    """Of its files, as the file system describes them now; empty if that is not known, or might hide a change."""
     before_near_copies: str = field(default="", compare=False)
     """Hash of the training text before near copies were left out; empty where none were."""
     beyond: frozenset[str] = field(default=frozenset(), compare=False)

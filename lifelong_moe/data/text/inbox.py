@@ -16,23 +16,27 @@ import io
 import os
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import reduce
+from operator import and_
 from pathlib import Path
 from typing import Any, cast
 
 from lifelong_moe.config.data import SourceConfig
 from lifelong_moe.data.formats.bad_lines import BadLines
+from lifelong_moe.data.formats.inbox_rows import ReadFile, Row
 from lifelong_moe.data.formats.limits import MAX_INBOX_BYTES, MAX_INBOX_FILES, Portion, Quota
 from lifelong_moe.data.formats.strict_json import parse_object
-from lifelong_moe.data.text.documents import Document
-from lifelong_moe.data.text.files import reader_of
+from lifelong_moe.data.text.documents import Document, normalized_hash
+from lifelong_moe.data.text.files import Reader, reader_of
 from lifelong_moe.data.text.streams import OpenFile, decode, unpacked, unreadable
 from lifelong_moe.errors import DataError, one_line
 from lifelong_moe.storage.keys import content_key
 from lifelong_moe.storage.modes import SHARED, as_private_as
 from lifelong_moe.storage.opening import open_below, read_up_to
+from lifelong_moe.storage.remembered import State, state_of
 
 MANIFEST = "manifest.json"
 # Room for about a hundred thousand files; the manifest is parsed whole in memory.
@@ -52,6 +56,54 @@ class Inbox:
     """Name that the manifest gives them."""
     mode: int = SHARED
     """Permissions of copies of their text: as private as each of the files."""
+
+
+@dataclass(frozen=True)
+class FileRead:
+    """A file of the inbox that was read now, or that nothing has touched since it was."""
+
+    name: str
+    """Its path below the inbox."""
+    found: dict[str, Any]
+    """See :attr:`Inbox.files`."""
+    state: State
+    mode: int
+    held_bytes: int
+    documents: list[Document] | None
+    """None if it was not read now."""
+    before: ReadFile | None = None
+    is_whole: bool = True
+    """Whether its documents say all of it: no line was left out, and it is not packed beyond the usual ratio."""
+
+    def rows(self) -> list[Row]:
+        """Its documents, in their order."""
+        if self.documents is None:
+            assert self.before is not None
+            return self.before.rows()
+        digests = (bytes.fromhex(normalized_hash(document.text)[:32]) for document in self.documents)
+        return [Row(one.hash, same, one.source) for one, same in zip(self.documents, digests, strict=True)]
+
+
+@dataclass(frozen=True)
+class Glance:
+    """An inbox of which not each file was read."""
+
+    files: list[FileRead]
+    distribution: str | None
+    bad_lines: BadLines | None = None
+    """Lines that were left out."""
+
+    @property
+    def is_partial(self) -> bool:
+        """Whether the text of some files is not there."""
+        return any(file.documents is None for file in self.files)
+
+    def inbox(self) -> Inbox | None:
+        """All of it; None if no file holds a document."""
+        assert not self.is_partial
+        documents = [document for file in self.files for document in file.documents or ()]
+        mode = reduce(and_, (file.mode for file in self.files), SHARED)
+        return Inbox(documents, [file.found for file in self.files], self.distribution, mode) if documents else None
 
 
 @dataclass(frozen=True)
@@ -78,18 +130,30 @@ def look_at_inbox(directory: Path) -> Arrived | None:
 
 
 def read_inbox(directory: Path, source: SourceConfig, bad_lines: BadLines | None = None) -> Inbox | None:
-    """Read everything that has arrived; None if nothing has.
+    """Read everything that has arrived; None if nothing has. Arguments and errors as for :func:`glance_at_inbox`."""
+    return glance_at_inbox(directory, source, bad_lines, {}).inbox()
+
+
+def glance_at_inbox(
+    directory: Path, source: SourceConfig, bad_lines: BadLines | None, before: Mapping[str, ReadFile]
+) -> Glance:
+    """Read what has arrived since an earlier glance.
 
     Args:
         directory: The inbox; an absent one is empty. It may be a symbolic link itself.
         source: ``text_field`` and ``source_field``.
         bad_lines: Takes lines of JSONL files that hold no document; None: the first of them is an error.
+        before: Files as they were read then, by their path below the inbox, with the same ``source``.
 
     Raises:
         DataError: ``file:line: reason``; a file is not what the manifest says, or not one that may be read.
     """
     with _opened(directory) as folder:
-        return None if folder is None else _Arrivals(directory, folder).read(source, bad_lines)
+        return (
+            Glance([], None, bad_lines)
+            if folder is None
+            else _Arrivals(directory, folder).read(source, bad_lines, before)
+        )
 
 
 @contextmanager
@@ -120,8 +184,8 @@ class _Arrivals:
         self._manifest = directory / MANIFEST
         self._quota = Quota(MAX_INBOX_BYTES, "the inbox")
 
-    def read(self, source: SourceConfig, bad_lines: BadLines | None) -> Inbox | None:
-        """Read the files that are listed, or all of them; None if they hold no document."""
+    def read(self, source: SourceConfig, bad_lines: BadLines | None, before: Mapping[str, ReadFile]) -> Glance:
+        """Read the files that are listed, or all of them, but for those that nothing has touched."""
         names = self._names()
         # A dangling link counts as a manifest: ignoring it would read files that nobody listed.
         if MANIFEST in names:
@@ -131,16 +195,41 @@ class _Arrivals:
             distribution, entries = None, [(Path(name), {}) for name in names]
         # Every file's kind is checked before the first is read, which may take minutes.
         readers = [reader_of(self._directory / path) for path, _ in entries]
-        documents: list[Document] = []
-        files: list[dict[str, Any]] = []
-        mode = SHARED
+        files = []
         for (path, entry), reader in zip(entries, readers, strict=True):
-            file, found = self._snapshot(path, MAX_INBOX_BYTES)
-            _require_as_listed(file.path, found, entry)
-            files.append(found)
-            documents += reader(replace(file, bad_lines=bad_lines), source)
-            mode &= file.mode
-        return Inbox(documents, files, distribution, mode) if documents else None
+            file = self._untouched(path, before[str(path)], entry) if str(path) in before else None
+            files.append(file or self._file(path, entry, reader, source, bad_lines))
+        return Glance(files, distribution, bad_lines)
+
+    def _untouched(self, path: Path, before: ReadFile, entry: Mapping[str, Any]) -> FileRead | None:
+        """A file that was read before; None if it is another one now."""
+        shown = self._directory / path
+        try:
+            with open_below(self._folder, path) as file:
+                state, mode = state_of(file), as_private_as(os.fstat(file.fileno()).st_mode)
+        except OSError as error:
+            raise unreadable(shown, error) from error
+        if state != before.state:
+            return None
+        found = {"name": one_line(path.name), "bytes": before.bytes, "sha256": before.sha256}
+        _require_as_listed(shown, found, entry)
+        # It counts against the inbox's limit like any other.
+        Portion(shown, before.bytes, self._quota).hold(before.held_bytes)
+        return FileRead(str(path), found, state, mode, before.held_bytes, None, before)
+
+    def _file(
+        self, path: Path, entry: Mapping[str, Any], reader: Reader, source: SourceConfig, bad_lines: BadLines | None
+    ) -> FileRead:
+        """Read a file."""
+        file, found, state = self._snapshot(path, MAX_INBOX_BYTES)
+        _require_as_listed(file.path, found, entry)
+        held, excess, bad = self._counted(bad_lines)
+        documents = list(reader(replace(file, bad_lines=bad_lines), source))
+        held_now, *now = self._counted(bad_lines)
+        return FileRead(str(path), found, state, file.mode, held_now - held, documents, None, now == [excess, bad])
+
+    def _counted(self, bad_lines: BadLines | None) -> tuple[int, int, int]:
+        return self._quota.num_bytes, self._quota.excess_bytes, len(bad_lines.found) if bad_lines else 0
 
     def look(self) -> Arrived | None:
         """The files that :meth:`read` would read, and the manifest; None if one of them cannot be looked at."""
@@ -183,12 +272,12 @@ class _Arrivals:
             raise DataError(f'{self._manifest}: "{name}" must be a path below the inbox, without "..".')
         return given
 
-    def _snapshot(self, path: Path, most_bytes: int) -> tuple[OpenFile, dict[str, Any]]:
-        """A file as it is now, and its record: ``name``, ``bytes`` and ``sha256``."""
+    def _snapshot(self, path: Path, most_bytes: int) -> tuple[OpenFile, dict[str, Any], State]:
+        """A file as it is now, its record (``name``, ``bytes`` and ``sha256``), and what it was before it was read."""
         shown = self._directory / path
         try:
             with open_below(self._folder, path) as file:
-                stat = os.fstat(file.fileno())
+                stat, state = os.fstat(file.fileno()), state_of(file)
                 # By its size first, so that a file of any size takes no memory.
                 is_too_large = stat.st_size > most_bytes
                 # Into memory: a writer who kept the file open could change it between hashing and parsing.
@@ -201,12 +290,12 @@ class _Arrivals:
         found = {"name": one_line(path.name), "bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
         stream = io.BufferedReader(cast(Any, io.BytesIO(data)))
         portion = Portion(shown, len(data), self._quota)
-        return OpenFile(shown, stream, portion, as_private_as(stat.st_mode)), found
+        return OpenFile(shown, stream, portion, as_private_as(stat.st_mode)), found, state
 
     def _listed(self) -> tuple[dict[str, dict[str, Any]], str | None]:
         """The manifest's entries by name, and the name that it gives to their distribution."""
         manifest = self._manifest
-        file, _ = self._snapshot(Path(MANIFEST), MAX_MANIFEST_BYTES)
+        file, *_ = self._snapshot(Path(MANIFEST), MAX_MANIFEST_BYTES)
         data = unpacked(file).read()
         content = parse_object(decode(data, str(manifest)), manifest)
         files, distribution = content.get("files"), content.get("distribution")

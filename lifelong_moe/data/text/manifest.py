@@ -18,7 +18,7 @@ import stat
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from io import BufferedReader
 from pathlib import Path
@@ -39,6 +39,8 @@ from lifelong_moe.storage.stored import read_stored
 VERSION = 1
 """Raised whenever the same files would give other documents, another split or other near copies."""
 FOLDER = "manifests"
+HASHES = ".hashes"
+"""Ending of an index of hashes beside the manifests; see :mod:`lifelong_moe.data.tokens.known_hashes`."""
 UNREAD = "0" * 64
 """In place of the hash of what was not opened, such as a picture that a glob found."""
 HASHED_BEFORE = 64 << 20
@@ -120,7 +122,8 @@ def split_manifest(
             return None, mode
         now[str(one)], mode = found, mode & private
     if now != known.files:
-        write_split(config, SplitManifest(**{**vars(known), "files": now}), cache, mode)
+        known = replace(known, files=now)
+        write_split(config, known, cache, mode)
     return known, mode
 
 
@@ -138,6 +141,22 @@ def split_identity(config: SourceConfig, found: SplitManifest) -> str:
     """Names all that a split was made of, without the times of its files."""
     files = {path: seen.sha256 for path, seen in found.files.items()}
     return _key({"source": asdict(config), "files": files})
+
+
+def files_state(files: Mapping[str, SeenFile]) -> str:
+    """Names files by all that the file system says of them, which no copy has; empty where a change might not show."""
+    # Of a dataset of the hub nothing here tells who has read it.
+    if not files or any(not seen.state and seen.sha256 != UNREAD for seen in files.values()):
+        return ""
+    return _key({"files": {path: asdict(seen) for path, seen in files.items()}})
+
+
+def file_state(path: Path) -> str:
+    """:func:`files_state` of a file of our own, which is not read; empty if there is none, too."""
+    with suppress(OSError), open_regular(path, follow=False) as file:
+        if _is_settled(state := state_of(file)):
+            return content_key(state)
+    return ""
 
 
 def left_manifest(asked: Mapping[str, object], cache: Path) -> Mapping[str, LeftManifest] | None:
@@ -162,9 +181,10 @@ def forget_left(asked: Mapping[str, object], cache: Path) -> None:
 
 
 def forget(cache: Path) -> None:
-    """Remove all manifests, and the notes on tokens that were verified, so that every file is read again."""
-    for path in (*(cache / FOLDER).glob("*.json"), *cache.glob("tokens/*/verified.json")):
-        _remove(path)
+    """Remove all manifests and indices, and notes on tokens that were verified, so that every file is read again."""
+    for pattern in (f"{FOLDER}/*.json", f"{FOLDER}/*{HASHES}", "tokens/*/verified.json"):
+        for path in cache.glob(pattern):
+            _remove(path)
 
 
 @dataclass(frozen=True)

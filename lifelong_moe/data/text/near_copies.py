@@ -105,7 +105,7 @@ class _Texts:
     """A hash of each document's source, of 64 bits."""
 
     @classmethod
-    def of(cls, documents: Sequence[Document], table: _Table) -> _Texts:
+    def of(cls, documents: Iterable[Document], table: _Table) -> _Texts:
         """Look every run up in a table."""
         # Imported here: importing scipy takes as long as answering a command about a run may take.
         from scipy import sparse
@@ -125,15 +125,16 @@ class _Texts:
         return cls(has, np.array(sizes, np.int64), np.array(sources, np.uint64))
 
 
-def near_copies(documents: Sequence[Document], known: Sequence[Document], *, may_contain: bool) -> list[bool]:
+def near_copies(documents: Sequence[Document], known: Iterable[Document], *, may_contain: bool) -> list[bool]:
     """Which documents are near copies of known ones.
 
     A document is one if it shares half of its own runs with a known document, or else half of the known document's.
-    Memory is that of the runs of ``documents``, whatever is known.
+    Memory is that of the runs of ``documents`` and of what known ones share with them; of these each text is read once
+    and none is held.
 
     Args:
         documents: To be judged.
-        known: What they may repeat.
+        known: What they may repeat, in any order; nothing is read where there is nothing to judge.
         may_contain: Whether a document may contain a known one without being a copy. What is held out must not stand in
             training text at all; text that was merely seen may, or a short line of it would take a new book away.
 
@@ -141,8 +142,8 @@ def near_copies(documents: Sequence[Document], known: Sequence[Document], *, may
         Containment by shingles: Broder, "On the resemblance and containment of documents" (1997), there of words and
         estimated from samples; here exact, of letters, and without those that many sources share.
     """
-    if not documents or not known:
-        return [False] * len(documents)
+    if not documents:
+        return []
     table = _Table(documents)
     new, old = _Texts.of(documents, table), _Texts.of(known, table)
     sources = np.unique(np.concatenate([new.source_D, old.source_D]))

@@ -16,6 +16,7 @@ from lifelong_moe.data.text.manifest import (
     PartSummary,
     SeenFile,
     SplitManifest,
+    files_state,
     forget_split,
     hashed_file,
     split_identity,
@@ -74,6 +75,7 @@ def read_corpus(name: str, config: SourceConfig, cache: Path, within: Sequence[P
         mode=mode,
         files=known.outcomes,
         identity=split_identity(config, known),
+        state=files_state(known.files),
     )
 
 
@@ -121,7 +123,7 @@ def _read(name: str, config: SourceConfig, cache: Path, *, asks: bool) -> Corpus
         return corpus
     found = _manifest(corpus, known)
     remember = functools.partial(write_split, config, found, cache, corpus.mode)
-    return replace(corpus, identity=split_identity(config, found), remember=remember)
+    return replace(corpus, identity=split_identity(config, found), state=files_state(known), remember=remember)
 
 
 def _manifest(corpus: Corpus, seen: Mapping[str, SeenFile]) -> SplitManifest:

@@ -33,7 +33,7 @@ ROW = np.dtype(
 """Hashes by which duplicates, documents and units are told apart (of units for the split and for the cap), most
 significant number first; bytes of the text; where it is; the part that it was read for."""
 MOST_BYTES = 64 << 20
-"""Text that is held in memory; what is more goes to disk, all of it."""
+"""Text that is held in memory, by all spools of the process together; the one that exceeds it goes to disk whole."""
 BUCKETS = 256
 _BUFFER_BYTES = 128 << 10
 """Written to a bucket at once."""
@@ -52,7 +52,7 @@ class Spool:
 
     def __init__(self, folder: Path | None = None) -> None:
         self._folder = folder
-        self._packed, self._num_bytes = bytearray(), 0
+        self._packed, self._in_memory = bytearray(), _Share()
         self._held: list[Document] | None = []
         self._disk: _Disk | None = None
         self._units: dict[str, tuple[bytes, bytes]] = {}
@@ -61,10 +61,10 @@ class Spool:
         """Add a document, which was read for a part, such as 1 for held-out text."""
         data, place = document.text.encode("utf-8"), len(self._packed) // ROW.itemsize
         digest = hashlib.sha256(data)
-        self._num_bytes += len(data)
         if self._held is not None:
             self._held.append(document)
-            if self._folder is not None and self._num_bytes > MOST_BYTES:
+            self._in_memory.take(len(data))
+            if self._folder is not None and _Share.num_bytes > MOST_BYTES:
                 place = self._move_to_disk(self._folder, place)
         elif self._disk is not None:
             place = self._disk.add(document, data, digest.digest())
@@ -103,6 +103,7 @@ class Spool:
         rows = np.frombuffer(bytes(self._packed), ROW).copy()
         rows["place"] = places[: len(rows)]
         self._packed, self._held = bytearray(rows.tobytes()), None
+        self._in_memory.give_back()
         return places[-1]
 
     def rows(self) -> NDArray[np.void]:
@@ -124,6 +125,28 @@ class Spool:
             chosen = rows[numbers[start : start + _AT_ONCE]]
             buckets = chosen["hash"][:, 0].astype(np.uint64) >> np.uint64(56)
             yield from map(self._disk.read, buckets.tolist(), chosen["place"].tolist())
+
+
+class _Share:
+    """Bytes of text that a spool holds in memory; those of a spool that is gone no longer count."""
+
+    num_bytes = 0
+    """Of all spools."""
+
+    def __init__(self) -> None:
+        self._mine = 0
+
+    def take(self, num_bytes: int) -> None:
+        """Count bytes that a spool holds from now on."""
+        self._mine += num_bytes
+        type(self).num_bytes += num_bytes
+
+    def give_back(self) -> None:
+        """Count none of them any more."""
+        type(self).num_bytes -= self._mine
+        self._mine = 0
+
+    __del__ = give_back
 
 
 def unit_hash(salt: str, unit: str) -> bytes:

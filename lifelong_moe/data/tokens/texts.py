@@ -20,6 +20,7 @@ from lifelong_moe.data.text.manifest import LeftManifest, PartSummary, forget_le
 from lifelong_moe.data.text.near_copies import without_near_copies
 from lifelong_moe.data.text.sources import HAS_CHANGED, heldout_documents, read_corpus
 from lifelong_moe.data.text.spool import chosen, same_hashes
+from lifelong_moe.data.tokens.known_hashes import KnownText, write_index
 from lifelong_moe.data.tokens.records import DIGITS, Remembered, TextRecord
 from lifelong_moe.errors import ConfigError, CorruptError, DataError, LifelongError, TryAgainError
 
@@ -76,6 +77,10 @@ def read_texts(sources: Mapping[str, SourceConfig], trained: list[str], cache: P
         for one in (*(corpus.remember for corpus in splits.values()), left):
             if one is not None:
                 one()
+        # Of what was read anyway, so that a tick of retraining need not read it again.
+        for corpus in splits.values():
+            if corpus.remember is not None and (text := KnownText.of(corpus)).is_remembered:
+                write_index(cache, text)
 
     return Texts(there, splits, heldout, gone, remember)
 

@@ -24,8 +24,8 @@ from lifelong_moe.store.head import RunHead
 from lifelong_moe.store.runs import timestamp
 from lifelong_moe.store.versions import VersionStage
 from pipelines.retrain import probes
-from pipelines.retrain.plan import exceeded_limits, settings_hash
-from pipelines.retrain.plan_file import Decided, PlanFacts, StageFacts
+from pipelines.retrain.plan import exceeded_limits
+from pipelines.retrain.plan_file import Decided, PlanFacts, StageFacts, settings_hash
 
 DAY = 86400.0
 STAGE = StageFacts(
