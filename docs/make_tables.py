@@ -213,6 +213,7 @@ TABLES: dict[str, Callable[[], list[str]]] = {
     "measures": others.measures,
     "verdict": others.verdict,
     "main": partial(kinds.main_comparison, "results/trained_base", MAIN),
+    "ticks": others.ticks,
     "periods": partial(kinds.learned_and_kept, "results/periods", ("naive", "replay25", "lifelong")),
     "trained-base": partial(kinds.arms, "results/trained_base"),
     "trained-base-learned": partial(kinds.learned_and_kept, "results/trained_base", TRAINED_BASE),

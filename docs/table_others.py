@@ -281,6 +281,18 @@ def idle() -> list[str]:
     return markdown(["command", "before", "now", "quartiles, now", "over importing torch"], rows, "lrrlr")
 
 
+def ticks() -> list[str]:
+    """Ticks that find too little new text, of two checkouts."""
+    checkouts = read("results/ticks")["checkouts"]
+    rows = []
+    for what, now in checkouts["now"].items():
+        if what != "run":
+            before = checkouts["before"][what]
+            each = (before["seconds"], now["seconds"], before["megabytes"], now["megabytes"])
+            rows.append([what, *(f"{value:.{digits}f}" for value, digits in zip(each, (2, 2, 0, 0), strict=True))])
+    return markdown(["tick", "processor s, before", "now", "most memory in MB, before", "now"], rows)
+
+
 LONG_LIFE = {
     "training": ("training", 2, "s"),
     "evaluation": ("evaluation", 2, "s"),
