@@ -12,8 +12,8 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 from rich.console import Console
 
+from lifelong_moe.data.arrivals.batches import BatchStore
 from lifelong_moe.data.text import builtin
-from lifelong_moe.data.text.batches import BatchStore
 from lifelong_moe.data.text.documents import Document
 from lifelong_moe.plan.comparison import load_comparison
 from lifelong_moe.storage.signing import SigningKeys

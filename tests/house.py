@@ -30,7 +30,7 @@ FLOORS = [
     {"config"},
     {"config/initial", "config/retraining", "data/formats"},
     {"routing", "clustering", "data", "data/text"},
-    {"routing/routers", "data/tokens", "interop/layout"},
+    {"routing/routers", "data/tokens", "data/arrivals", "interop/layout"},
     {"plan", "retraining"},
     {"model", "store"},
     {"growth", "retention", "evaluation", "interop", "tracking"},

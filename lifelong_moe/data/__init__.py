@@ -1,1 +1,1 @@
-"""`text` turns sources into documents, `tokens` turns documents into blocks to train on."""
+"""`text` turns sources into documents, `arrivals` those of the inbox into batches, `tokens` documents into blocks."""

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 from lifelong_moe.config.data import KeepText
-from lifelong_moe.data.text.batches import BatchStore
+from lifelong_moe.data.arrivals.batches import BatchStore
 from lifelong_moe.data.tokens.records import TextRecord
 from lifelong_moe.storage.directories import remove_directory
 from lifelong_moe.storage.keys import SHORT

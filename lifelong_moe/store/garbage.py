@@ -26,7 +26,7 @@ from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 from typing import Any
 
-from lifelong_moe.data.text.batches import COPY, MANIFEST, BatchStore, read_manifest
+from lifelong_moe.data.arrivals.batches import COPY, MANIFEST, BatchStore, read_manifest
 from lifelong_moe.data.text.manifest import FOLDER, HASHES
 from lifelong_moe.errors import CorruptError
 from lifelong_moe.storage.directories import remove_directory

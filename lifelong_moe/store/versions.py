@@ -37,7 +37,7 @@ class VersionStage:
     heldout_sources: int = 1
     """Least number of sources held out; 1 where it was not recorded."""
     sources: Prefix | None = None
-    """Identifies the copy of the batch by sources; see :meth:`lifelong_moe.data.text.batches.BatchStore.sources`."""
+    """Which copy of the batch; see :meth:`lifelong_moe.data.arrivals.batches.BatchStore.sources`."""
 
     @property
     def learns(self) -> tuple[str, ...]:

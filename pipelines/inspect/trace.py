@@ -12,7 +12,7 @@ from rich.console import Console
 from lifelong_moe.config.load import build_config
 from lifelong_moe.config.references import stored_config
 from lifelong_moe.config.retraining.operation import InboxConfig
-from lifelong_moe.data.text.batches import BatchStore
+from lifelong_moe.data.arrivals.batches import BatchStore
 from lifelong_moe.data.tokens.records import DIGITS, HeldoutStore
 from lifelong_moe.data.tokens.texts import read_texts
 from lifelong_moe.errors import ConfigError, LifelongError

@@ -11,7 +11,7 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import partial
 
-from lifelong_moe.data.text.inbox import Arrived
+from lifelong_moe.data.arrivals.inbox import Arrived
 from lifelong_moe.errors import CorruptError
 from lifelong_moe.retraining.bounds import LEAST_SOURCES
 from lifelong_moe.storage.files import write_atomic

@@ -11,11 +11,11 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 
-from lifelong_moe.data.formats.inbox_rows import UNCOUNTED, ReadFile, Row
+from lifelong_moe.data.arrivals.inbox import Arrived, FileRead, Glance
+from lifelong_moe.data.arrivals.inbox_rows import UNCOUNTED, ReadFile, Row
 from lifelong_moe.data.text.documents import hash_of_hashes
-from lifelong_moe.data.text.inbox import Arrived, FileRead, Glance
+from lifelong_moe.data.text.known_hashes import HashIndex
 from lifelong_moe.data.text.manifest import VERSION
-from lifelong_moe.data.tokens.known_hashes import HashIndex
 from lifelong_moe.errors import CorruptError
 from lifelong_moe.storage.files import write_atomic
 from lifelong_moe.storage.grammars import Sha256

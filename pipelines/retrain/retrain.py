@@ -6,15 +6,16 @@ next tick repeats only what was not committed.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 from rich.console import Console
 
 from lifelong_moe.config.data import KeepText
 from lifelong_moe.config.routing.own import allow_router
+from lifelong_moe.data.arrivals.inbox import Arrived
 from lifelong_moe.data.formats.bad_lines import BadLines
-from lifelong_moe.data.text.inbox import Arrived
-from lifelong_moe.data.tokens.known_hashes import HashIndex
+from lifelong_moe.data.text.known_hashes import HashIndex
 from lifelong_moe.plan.retraining import Retraining
 from lifelong_moe.storage.locks import locked
 from lifelong_moe.store.runs import RunRecord, latest_timestamp, require_head
@@ -134,18 +135,24 @@ def _without_known_text(
     tick: Tick, files: Arrived | None, look: FirstLook, plan_path: str | None, *, may_repeat: bool
 ) -> TickOutcome | None:
     """End a tick whose new documents are too little, or wait; None if known text must be read to tell."""
-    counts = look.counts
-    reason, ended, offered = too_little(tick, counts), None, None
-    if reason is None and may_repeat:
-        offered = look.offered(tick.batches.copy_with)
-        ended = decided_before(tick, offered.batch, offered.sources) or still_waiting(tick, offered, look.tokens)
-    if reason is None and ended is None:
+    if (reason := too_little(tick, look.counts)) is not None:
+        _keep_look(tick, files, look, Found(look.counts))
+        return _idle(tick, reason, look.counts, plan_path)
+    if not may_repeat:
         return None
+    offered = look.offered(tick.batches.copy_with)
+    ended = decided_before(tick, offered.batch, offered.sources) or still_waiting(tick, offered, look.tokens)
+    if ended is None:
+        return None
+    _keep_look(tick, files, look, Found(look.counts, offered.batch, offered.sources))
+    return _repeat(tick, ended)
+
+
+def _keep_look(tick: Tick, files: Arrived | None, look: FirstLook, found: Found) -> None:
+    """Print what the inbox held besides new documents, and keep all of it for the next tick."""
     _tell(tick, look.glance.bad_lines, look.repeats, len(look.copies))
-    batch, sources = (None, None) if offered is None else (offered.batch, offered.sources)
-    remember_found(tick, files, Found(counts, batch, sources, tick.bad_lines))
+    remember_found(tick, files, replace(found, bad_lines=tick.bad_lines))
     remember_rows(tick, files, look, look.copies)
-    return _idle(tick, reason, counts, plan_path) if ended is None else _repeat(tick, ended)
 
 
 def _tell(tick: Tick, bad_lines: BadLines | None, repeats: int, near_copies: int) -> None:

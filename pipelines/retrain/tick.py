@@ -12,8 +12,8 @@ from rich.console import Console
 from lifelong_moe.config.data import KeepText
 from lifelong_moe.config.load import written_config
 from lifelong_moe.config.retraining.policy import HELDOUT_SOURCES
+from lifelong_moe.data.arrivals.batches import BatchStore
 from lifelong_moe.data.formats.bad_lines import BadLines
-from lifelong_moe.data.text.batches import BatchStore
 from lifelong_moe.data.text.documents import Document
 from lifelong_moe.data.tokens.shards import tokenize_documents
 from lifelong_moe.errors import ConfigError, LifelongError, as_ours, one_line

@@ -17,15 +17,15 @@ from lifelong_moe.config.data import BadLinesRule, SourceConfig
 from lifelong_moe.config.retraining.operation import InboxConfig
 from lifelong_moe.config.retraining.policy import HELDOUT_SOURCES
 from lifelong_moe.config.run import RunConfig
+from lifelong_moe.data.arrivals.batches import BatchStore
+from lifelong_moe.data.arrivals.inbox import Arrived, FileRead, Glance, glance_at_inbox, look_at_inbox
+from lifelong_moe.data.arrivals.inbox_rows import ReadFile
 from lifelong_moe.data.formats.bad_lines import BadLines
-from lifelong_moe.data.formats.inbox_rows import ReadFile
 from lifelong_moe.data.formats.limits import MAX_INBOX_BYTES, Quota
-from lifelong_moe.data.text.batches import BatchStore
 from lifelong_moe.data.text.documents import Document, documents_hash, normalized_hash
-from lifelong_moe.data.text.inbox import Arrived, FileRead, Glance, glance_at_inbox, look_at_inbox
+from lifelong_moe.data.text.known_hashes import WIDTH, HashIndex, KnownText
 from lifelong_moe.data.text.near_copies import near_copies
 from lifelong_moe.data.tokens import texts as documents
-from lifelong_moe.data.tokens.known_hashes import WIDTH, HashIndex, KnownText
 from lifelong_moe.data.tokens.records import Remembered
 from lifelong_moe.data.tokens.texts import Texts
 from lifelong_moe.storage.keys import content_key

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from lifelong_moe.data.text.batches import BatchStore
+from lifelong_moe.data.arrivals.batches import BatchStore
 from lifelong_moe.plan.retraining import NewStage
 from lifelong_moe.store.head import RunHead
 from lifelong_moe.store.runs import timestamp

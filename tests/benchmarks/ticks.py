@@ -2,8 +2,8 @@
 
     OMP_NUM_THREADS=1 PYTHONPATH=$PWD python -m tests.benchmarks.ticks --megabytes 60 --before CHECKOUT --out FILE.json
 
-Each checkout learns next to nothing of as much text, in two distributions. Then files arrive, and ticks take turns, each
-in a new process. Prints processor seconds and the most memory of each.
+Each checkout learns next to nothing of as much text, in two distributions. Then files arrive, and ticks take turns,
+each in a new process. Prints processor seconds and the most memory of each.
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from lifelong_moe.data.text.batches import BatchStore
+from lifelong_moe.data.arrivals.batches import BatchStore
 from lifelong_moe.data.text.documents import Corpus, Document
 from lifelong_moe.data.text.sources import read_corpus
 from lifelong_moe.data.tokens import texts

@@ -11,11 +11,11 @@ from typing import Any
 
 import pytest
 
-from lifelong_moe.data.formats.inbox_rows import ReadFile
+from lifelong_moe.data.arrivals.inbox_rows import ReadFile
 from lifelong_moe.data.text import manifest
 from lifelong_moe.data.text.documents import Document, normalized_hash
+from lifelong_moe.data.text.known_hashes import KnownText
 from lifelong_moe.data.text.near_copies import near_copies
-from lifelong_moe.data.tokens.known_hashes import KnownText
 from lifelong_moe.plan.retraining import load_retraining
 from lifelong_moe.retraining.decision import Action, Decision
 from lifelong_moe.storage.remembered import SETTLED_SECONDS

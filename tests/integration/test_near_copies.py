@@ -17,7 +17,7 @@ import lifelong_moe.data.tokens.texts
 import pipelines.shared.novelty
 from lifelong_moe.config.load import build_config, read_config
 from lifelong_moe.config.run import RunConfig
-from lifelong_moe.data.text.batches import BatchStore
+from lifelong_moe.data.arrivals.batches import BatchStore
 from lifelong_moe.store.stages import StageStore
 from pipelines.run.prepare import prepare
 from tests.retrain_lab import base_config, head, ledger, stages, tick, tick_and_text, write_retraining

@@ -22,8 +22,8 @@ from rich.console import Console
 import pipelines.retrain.batch as story
 from lifelong_moe.config.retraining.policy import GateConfig
 from lifelong_moe.config.routing.mixture import MixtureConfig
-from lifelong_moe.data.text import batches
-from lifelong_moe.data.text.batches import BatchStore
+from lifelong_moe.data.arrivals import batches
+from lifelong_moe.data.arrivals.batches import BatchStore
 from lifelong_moe.data.text.documents import Document
 from lifelong_moe.data.text.sources import read_corpus
 from lifelong_moe.data.tokens import shards

@@ -12,10 +12,10 @@ from pathlib import Path
 import pytest
 
 from lifelong_moe.config.data import SourceConfig
+from lifelong_moe.data.arrivals import inbox as module
+from lifelong_moe.data.arrivals.inbox import Inbox, read_inbox
 from lifelong_moe.data.formats import limits
-from lifelong_moe.data.text import inbox as module
 from lifelong_moe.data.text.files import read_documents
-from lifelong_moe.data.text.inbox import Inbox, read_inbox
 from lifelong_moe.errors import DataError
 
 SOURCE = SourceConfig(files="inbox")

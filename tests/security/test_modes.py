@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from lifelong_moe.config.data import TokenizerConfig
-from lifelong_moe.data.text.batches import BatchStore
+from lifelong_moe.data.arrivals.batches import BatchStore
 from lifelong_moe.data.text.documents import Corpus, Document
 from lifelong_moe.data.tokens.tokenizer import trained_tokenizer
 from lifelong_moe.storage.modes import SHARED, as_private_as, folder_mode, make_folder

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from lifelong_moe.config.model import ModelConfig
 from lifelong_moe.config.routing.routers import ClusterConfig
-from lifelong_moe.data.text.batches import BatchStore
+from lifelong_moe.data.arrivals.batches import BatchStore
 from lifelong_moe.data.text.documents import Document
 from lifelong_moe.errors import CorruptError
 from lifelong_moe.model.attention import position_tables

@@ -1,1 +1,1 @@
-"""Documents from any source: readers, duplicates and near copies, the inbox, batches."""
+"""Documents from any source: readers, duplicates and near copies, and which documents are known."""

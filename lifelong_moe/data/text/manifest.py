@@ -40,7 +40,7 @@ VERSION = 1
 """Raised whenever the same files would give other documents, another split or other near copies."""
 FOLDER = "manifests"
 HASHES = ".hashes"
-"""Ending of an index of hashes beside the manifests; see :mod:`lifelong_moe.data.tokens.known_hashes`."""
+"""Ending of an index of hashes beside the manifests; see :mod:`lifelong_moe.data.text.known_hashes`."""
 UNREAD = "0" * 64
 """In place of the hash of what was not opened, such as a picture that a glob found."""
 HASHED_BEFORE = 64 << 20

@@ -16,11 +16,11 @@ from lifelong_moe.data.text.documents import Corpus, Document, documents_hash
 from lifelong_moe.data.text.files import settled
 from lifelong_moe.data.text.kept import rows_sha256
 from lifelong_moe.data.text.known import KnownDocuments, Summary, hashes_of, summary_of
+from lifelong_moe.data.text.known_hashes import KnownText, write_index
 from lifelong_moe.data.text.manifest import LeftManifest, PartSummary, forget_left, left_manifest, write_left
 from lifelong_moe.data.text.near_copies import without_near_copies
 from lifelong_moe.data.text.sources import HAS_CHANGED, heldout_documents, read_corpus
 from lifelong_moe.data.text.spool import chosen, same_hashes
-from lifelong_moe.data.tokens.known_hashes import KnownText, write_index
 from lifelong_moe.data.tokens.records import DIGITS, Remembered, TextRecord
 from lifelong_moe.errors import ConfigError, CorruptError, DataError, LifelongError, TryAgainError
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from lifelong_moe.config.data import KeepText
-from lifelong_moe.data.text.batches import BatchStore
+from lifelong_moe.data.arrivals.batches import BatchStore
 from lifelong_moe.data.text.documents import Document
 from lifelong_moe.store.batch_text import read_heads, removable_texts
 from lifelong_moe.store.head import RunHead

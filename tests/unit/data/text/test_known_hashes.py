@@ -10,11 +10,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from lifelong_moe.data.text import known_hashes
 from lifelong_moe.data.text.documents import Document
+from lifelong_moe.data.text.known_hashes import HashIndex, KnownText, write_index
 from lifelong_moe.data.text.manifest import FOLDER
 from lifelong_moe.data.text.spool import same_hashes
-from lifelong_moe.data.tokens import known_hashes
-from lifelong_moe.data.tokens.known_hashes import HashIndex, KnownText, write_index
 
 KNOWN = [Document(f"known document number {number}", "a") for number in range(50)]
 NEW = [Document(f"new document number {number}", "a") for number in range(9)]

@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 
 from lifelong_moe.config.data import SourceConfig
-from lifelong_moe.data.text import inbox as module
-from lifelong_moe.data.text.inbox import MANIFEST, Inbox, read_inbox
+from lifelong_moe.data.arrivals import inbox as module
+from lifelong_moe.data.arrivals.inbox import MANIFEST, Inbox, read_inbox
 from lifelong_moe.errors import DataError
 
 SOURCE = SourceConfig(files="inbox")

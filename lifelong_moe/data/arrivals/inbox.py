@@ -25,8 +25,8 @@ from pathlib import Path
 from typing import Any, cast
 
 from lifelong_moe.config.data import SourceConfig
+from lifelong_moe.data.arrivals.inbox_rows import ReadFile, Row
 from lifelong_moe.data.formats.bad_lines import BadLines
-from lifelong_moe.data.formats.inbox_rows import ReadFile, Row
 from lifelong_moe.data.formats.limits import MAX_INBOX_BYTES, MAX_INBOX_FILES, Portion, Quota
 from lifelong_moe.data.formats.strict_json import parse_object
 from lifelong_moe.data.text.documents import Document, normalized_hash
@@ -319,7 +319,7 @@ def _is_hash(value: object) -> bool:
     return isinstance(value, str) and re.fullmatch(r"[0-9a-f]{64}", value) is not None
 
 
-def _require_as_listed(path: Path, found: dict[str, Any], listed: dict[str, Any]) -> None:
+def _require_as_listed(path: Path, found: Mapping[str, Any], listed: Mapping[str, Any]) -> None:
     for key in ("bytes", "sha256"):
         if listed and found[key] != listed[key]:
             raise DataError(f"{path}: {key} is {found[key]}, but the manifest says {listed[key]}.")

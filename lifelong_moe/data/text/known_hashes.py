@@ -219,7 +219,7 @@ class _Wanted:
         places_N = np.searchsorted(self.first_W, first_N)
         places_N[places_N == len(self.first_W)] = 0
         likely = np.flatnonzero(self.first_W[places_N] == first_N).tolist()
-        return self.hashes.intersection(hashes[WIDTH * i : WIDTH * (i + 1)] for i in likely)
+        return {one for one in (hashes[WIDTH * i : WIDTH * (i + 1)] for i in likely) if one in self.hashes}
 
 
 def _first(hashes: bytes) -> NDArray[np.uint64]:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from lifelong_moe.data.text.batches import BatchStore
+from lifelong_moe.data.arrivals.batches import BatchStore
 from lifelong_moe.data.text.documents import Document, documents_hash, normalized_hash
 from lifelong_moe.errors import CorruptError
 
