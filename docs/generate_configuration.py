@@ -127,7 +127,7 @@ def section(cls: type, path: str, whole: str) -> list[str]:
                 inner += routing_section()
                 continue
             is_list = get_origin(kind) is list
-            suffix = ".NAME" if field.name == "distributions" else "[i]" if is_list else ""
+            suffix = ".NAME" if get_origin(kind) is dict else "[i]" if is_list else ""
             inner += section(nested, name + suffix, whole)
         else:
             rows.append(f"| `{field.name}` | `{default_text(field)}` | {docs[field.name]} |")

@@ -63,6 +63,10 @@ class Bounds:
         return Bounds(-self.mean, -self.upper, -self.lower)
 
 
+UNKNOWN = Bounds(math.nan, -math.inf, math.inf)
+"""Of what was not measured."""
+
+
 def difference_bounds(
     after: DocumentLosses, before: DocumentLosses, *, level: float, resamples: int, seed: int
 ) -> Bounds:

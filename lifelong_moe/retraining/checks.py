@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from lifelong_moe.config.retraining.policy import GateConfig
 from lifelong_moe.retraining.bounds import LEAST_SOURCES, Bounds, DocumentLosses
 from lifelong_moe.retraining.pooling import Pool
+from lifelong_moe.retraining.slices import Slice
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,6 +36,8 @@ class Comparison:
     words: str
     limit: float
     """Largest loss increase against it, in nats per token."""
+    times: int = 1
+    """The limit in units of a tolerance."""
 
 
 @dataclass(frozen=True)
@@ -88,6 +91,22 @@ def loss_check(pool: Pool, against: Comparison, lost: Bounds, after: DocumentLos
         sentence = f"What {names} lost against {against.words} cannot be told: {_too_few(after)}."
     name = f"old/{_name(pool)}/{against.name}"
     return Check(name=name, value=lost.upper, limit=limit, passed=passed, sentence=sentence)
+
+
+def slice_check(name: str, against: Comparison, lost: Bounds, part: Slice | None) -> Check:
+    """Check that the loss of a slice increased by at most its limit with confidence; None if none of it is scored."""
+    limit, passed = against.limit, lost.upper <= against.limit
+    if part is None:
+        sentence = f"What slice {name} lost against {against.words} cannot be told: none of its text is scored."
+    elif math.isinf(lost.upper):
+        sentence = f"What slice {name} lost against {against.words} cannot be told: {_too_few_documents(part.after)}."
+    else:
+        by = f", by its {len(part.after.tokens)} documents" if part.by_document else ""
+        sentence = (
+            f"Slice {name} {_change(lost.mean, 1)} nats per token against {against.words}, with confidence "
+            f"{_bound(lost)}{by}; {'within' if passed else 'more than'} {limit:g}."
+        )
+    return Check(name=f"slice/{name}/{against.name}", value=lost.upper, limit=limit, passed=passed, sentence=sentence)
 
 
 def worst_member_check(pool: Pool, against: Comparison, name: str, lost: Bounds) -> Check:
@@ -145,6 +164,14 @@ def _too_few(losses: DocumentLosses) -> str:
     return (
         f"the held-out text is of {len(sizes)} source(s), the largest with {sizes.max() / sizes.sum():.0%} of it; at "
         f"least {LEAST_SOURCES} are needed, none with most of it"
+    )
+
+
+def _too_few_documents(losses: DocumentLosses) -> str:
+    sizes = losses.sizes
+    return (
+        f"{len(sizes)} document(s) of it are scored, the largest with {sizes.max() / sizes.sum():.0%} of its tokens; "
+        f"at least {LEAST_SOURCES} are needed, none with most of them"
     )
 
 

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from lifelong_moe.config.retraining.policy import GateConfig
 from lifelong_moe.retraining import checks
-from lifelong_moe.retraining.bounds import Bounds, DocumentLosses, difference_bounds
+from lifelong_moe.retraining.bounds import UNKNOWN, Bounds, DocumentLosses, difference_bounds
 from lifelong_moe.retraining.checks import Check, Comparison, Verdict
 from lifelong_moe.retraining.pooling import Pool, pooled_losses, pools, worst_member
+from lifelong_moe.retraining.slices import slices_of
 
 RATCHET = 3
 """Loss increase allowed against a distribution's best version ever, in units of ``gate.tolerance``.
@@ -60,6 +61,7 @@ def judge(found: Evidence, config: GateConfig, *, seed: int) -> Verdict:
     - Step: the loss on each old distribution rises by at most ``tolerance`` with confidence. Small distributions are
       pooled (:func:`~lifelong_moe.retraining.pooling.pools`), and no member may have been shown to lose more.
     - Ratchet: against the best version of each old distribution, at most ``RATCHET`` times as much.
+    - Slices: both for each part of the old text that has a tolerance of its own.
     - Frozen tensors keep their bits, and the router leak of old distributions is at most ``max_leak``.
 
     Args:
@@ -132,13 +134,13 @@ def _step(config: GateConfig) -> Comparison:
 
 
 def _ratchet(config: GateConfig) -> Comparison:
-    return Comparison("ratchet", "its best version", RATCHET * config.tolerance)
+    return Comparison("ratchet", "its best version", RATCHET * config.tolerance, RATCHET)
 
 
 def _loss_checks(
     after: Losses, other: Losses, kinds: Mapping[str, str], against: Comparison, config: GateConfig, seed: int
 ) -> Iterator[Check]:
-    """Step or ratchet checks: one or more for each pool of distributions."""
+    """Step or ratchet checks: one or more for each pool of distributions, and one for each slice."""
     lost = forgetting_bounds(after, other, kinds=kinds, level=config.level, resamples=config.resamples, seed=seed)
     times = Counter(name for pool in lost for name in pool)
     for pool, bounds in lost.items():
@@ -149,3 +151,10 @@ def _loss_checks(
             yield checks.borrower_check(small, against, pooled_losses(after, small), pooled_losses(other, small))
         if len(pool) > 1:
             yield checks.worst_member_check(pool, against, *worst_member(after, other, pool, config.level))
+    for name, tolerance, part in slices_of(after, other, config):
+        change = UNKNOWN
+        if part is not None:
+            change = difference_bounds(
+                part.after, part.before, level=config.level, resamples=config.resamples, seed=seed
+            )
+        yield checks.slice_check(name, replace(against, limit=against.times * tolerance), change, part)

@@ -10,6 +10,7 @@ import numpy as np
 from lifelong_moe.config.retraining.policy import GateConfig
 from lifelong_moe.retraining.bounds import DocumentLosses, effective_sources, has_enough_sources
 from lifelong_moe.retraining.pooling import Pool, pooled_losses, pools
+from lifelong_moe.retraining.slices import slices_of
 
 
 def passing_chances(
@@ -32,16 +33,20 @@ def passing_chances(
         config: Level and tolerance.
 
     Returns:
-        Chances by pool; 0 where there are too few sources, or a loss is not finite.
+        Chances by pool, and by slice, as ``("slice NAME",)``; 0 where there are too few sources, or a loss is not
+        finite.
     """
-    sizes = {name: losses.sizes for name, losses in after.items()}
-    return {
-        pool: _power(pooled_losses(after, pool), pooled_losses(before, pool), config)
-        for pool in pools(sizes, kinds, level=config.level)
+    sizes, level = {name: losses.sizes for name, losses in after.items()}, config.level
+    found = {
+        pool: _power(pooled_losses(after, pool), pooled_losses(before, pool), config.tolerance, level)
+        for pool in pools(sizes, kinds, level=level)
     }
+    for name, tolerance, part in slices_of(after, before, config):
+        found[f"slice {name}",] = 0.0 if part is None else _power(part.after, part.before, tolerance, level)
+    return found
 
 
-def _power(after: DocumentLosses, before: DocumentLosses, config: GateConfig) -> float:
+def _power(after: DocumentLosses, before: DocumentLosses, tolerance: float, level: float) -> float:
     from scipy.stats import nct, t  # on use, as in ``bounds.py``
 
     sizes_S = after.sizes
@@ -54,6 +59,6 @@ def _power(after: DocumentLosses, before: DocumentLosses, config: GateConfig) ->
     residual_S = lost_S - lost_S.sum() / total * sizes_S
     error = math.sqrt(number / (number - 1) * float((residual_S**2).sum())) / float(total)
     # Certain, and scipy's non-central t is not computed so far out in its tail.
-    if error <= config.tolerance / 50:
+    if error <= tolerance / 50:
         return 1.0
-    return float(nct.cdf(t.ppf(config.level, number - 1), number - 1, -config.tolerance / error))
+    return float(nct.cdf(t.ppf(level, number - 1), number - 1, -tolerance / error))

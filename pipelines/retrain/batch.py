@@ -31,7 +31,7 @@ from pipelines.shared.kept_text import with_texts
 from pipelines.shared.novelty import NewDocuments
 from pipelines.shared.places import ROOT
 from pipelines.versions.candidates import Candidate, CandidateTrainer, model_loader
-from pipelines.versions.gating import best_losses, gate, updated_best
+from pipelines.versions.gating import best_losses, gate, require_slices, updated_best
 from pipelines.versions.render import print_verdict
 from pipelines.versions.served import batch_files
 
@@ -44,6 +44,7 @@ def carry_out(
     if plan_path is None and not dry_run and (before := _still_waiting(tick, new)) is not None:
         tick.tell_champion()
         return tick.end(before)
+    require_slices(tick.retraining.settings.gate, texts.heldout)
     trainer = _candidate_trainer(tick, new, texts, interrupt)
     mlflow = TickRecord(Tracker.connect(tick.config.tracking, ROOT), tick)
     try:

@@ -56,7 +56,7 @@ def consolidate(run: str, stage: str, experts: int, console: Console, overrides:
         head = with_versions(store, require_head(ROOT, run))
         before = head.champion
         source = store.get(before.key)
-        served = served_measurements(head, before, store)
+        served = served_measurements(head, before, store, settings)
         for name, error in served.data.gone.items():
             console.print(f"{name}: held-out text, if kept, says how experts are used: {error}")
         with console.status(f"{stage}: looking for experts that are alike"):

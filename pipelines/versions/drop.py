@@ -12,6 +12,7 @@ from typing import Any
 
 from rich.console import Console
 
+from lifelong_moe.config.retraining.policy import GateConfig
 from lifelong_moe.errors import ConfigError, LifelongError, TryAgainError
 from lifelong_moe.evaluation.measurements import Measurements
 from lifelong_moe.plan.retraining import read_gate
@@ -95,7 +96,7 @@ def drop(
         head = with_versions(store, require_head(ROOT, run))
         before = head.champion
         # Before the candidate is committed: if the gate cannot read its text, nothing is written.
-        served = None if ungated else _served(head, before, store, stage)
+        served = None if ungated else _served(head, before, store, stage, settings)
         candidate = drop_candidate(store, before, stage)
         verdict = None
         # If nothing remains, the model is exactly as if the stage had never been added: no gate.
@@ -125,7 +126,7 @@ def drop(
     return {**result, "derived": candidate.stage.derived is not None, **facts}
 
 
-def _served(head: RunHead, version: Version, store: StageStore, stage: str) -> Measurements | None:
+def _served(head: RunHead, version: Version, store: StageStore, stage: str, gate: GateConfig) -> Measurements | None:
     """Measurements for the gate; None if none is needed.
 
     Raises:
@@ -138,7 +139,7 @@ def _served(head: RunHead, version: Version, store: StageStore, stage: str) -> M
     if stage not in names or names.index(stage) in (0, len(names) - 1) or not what_remains(chain, stage):
         return None
     try:
-        return served_measurements(head, version, store, without=version.own_text(stage))
+        return served_measurements(head, version, store, gate, without=version.own_text(stage))
     except TryAgainError:
         raise
     except LifelongError as error:

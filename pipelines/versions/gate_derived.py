@@ -23,12 +23,12 @@ from pipelines.shared.kept_text import remembered_by, wait_for_text
 from pipelines.shared.places import CACHE, ROOT
 from pipelines.shared.workspace import read_data
 from pipelines.versions.candidates import model_loader
-from pipelines.versions.gating import kinds_of_text
+from pipelines.versions.gating import kinds_of_text, require_slices
 from pipelines.versions.served import served_stages
 
 
 def served_measurements(
-    head: RunHead, version: Version, store: StageStore, without: Collection[str] = ()
+    head: RunHead, version: Version, store: StageStore, gate: GateConfig, without: Collection[str] = ()
 ) -> Measurements:
     """Measurements on a version's distributions, from the run's stored configuration and batches.
 
@@ -36,6 +36,7 @@ def served_measurements(
         head: The run's head.
         version: The run's champion.
         store: Committed stages.
+        gate: What they are for: its slices must have held-out text.
         without: Distributions that may be gone.
 
     Raises:
@@ -49,8 +50,10 @@ def served_measurements(
     data, models = read_data(config, None, known), model_loader(store, config.trainer)
     wait_for_text(data)
     served = Measurements(config, data, EvaluationStore(ROOT), models, store.architecture, ReadingCache(CACHE))
-    if not served.measurable(without):
+    names = served.measurable(without)
+    if not names:
         raise ConfigError(f"no text of run {head.run} is left to measure on")
+    require_slices(gate, {name: data.heldout_documents[name] for name in names})
     return served
 
 

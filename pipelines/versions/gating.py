@@ -6,15 +6,18 @@ The bounds themselves are computed by :func:`lifelong_moe.retraining.bounds.diff
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 
+from lifelong_moe.config.retraining.policy import GateConfig
+from lifelong_moe.data.text.documents import Document
 from lifelong_moe.evaluation.measurements import Measurements
 from lifelong_moe.retraining.bounds import DocumentLosses
 from lifelong_moe.retraining.checks import Verdict
 from lifelong_moe.retraining.gate import Evidence, judge
 from lifelong_moe.retraining.power import passing_chances
 from lifelong_moe.retraining.predicted import Power
+from lifelong_moe.retraining.slices import require_text
 from lifelong_moe.store.stages import CommittedStage, StageStore
 from lifelong_moe.store.ticks import BestLoss
 from lifelong_moe.store.versions import Version
@@ -57,6 +60,20 @@ def gate(
         )
         judged = judge(found, trainer.retraining.settings.gate, seed=candidate.config.seed)
         return replace(judged, notes=tuple(candidate.measurements.unmeasurable()))
+
+
+def require_slices(config: GateConfig, heldout: Mapping[str, Sequence[Document]]) -> None:
+    """Require held-out text of each of the gate's slices, before anything is trained for it.
+
+    Args:
+        config: The gate's.
+        heldout: Held-out documents by old distribution.
+
+    Raises:
+        ConfigError: If there is none.
+    """
+    sources = {name: {document.source for document in documents} for name, documents in heldout.items()}
+    require_text(config, sources if config.slices else {})
 
 
 def kinds_of_text(version: Version, store: StageStore) -> dict[str, str]:

@@ -134,6 +134,24 @@ def test_dropping_an_older_stage_derives_a_model_without_its_experts() -> None:
     assert [g.stage for g in load_model(store, store.get(head()["stages"][-1])).architecture.generations] == ["fruit"]
 
 
+def test_a_drop_that_harms_a_slice_does_not_serve(monkeypatch: pytest.MonkeyPatch) -> None:
+    measured = Measurements.losses
+
+    def worse(self: Measurements, key: str, name: str) -> DocumentLosses:
+        losses = measured(self, key, name)
+        lost = losses.tokens * 0.05 * (StageStore(MLRUNS).get(key).derived is not None)
+        return DocumentLosses(losses.nats + lost, losses.tokens, losses.sources)
+
+    monkeypatch.setattr(Measurements, "losses", worse)
+    gate, slice_ = "gate.tolerance=0.2", "gate.slices.x.sources='sha256:[0-7]*'"
+    before = bits()
+    with pytest.raises(ConfigError, match=r"gate.slices.y.sources=cs-.*: no source of held-out text is named so"):
+        drop("tiny", "code", SILENT, ["gate.slices.y.sources=cs-*"])
+    assert bits() == before
+    assert drop("tiny", "code", SILENT, [gate, slice_, "gate.slices.x.tolerance=0.01"])["outcome"] == "rejected"
+    assert drop("tiny", "code", SILENT, [gate, slice_])["outcome"] == "promoted"
+
+
 def test_a_drop_that_harms_other_text_does_not_serve(monkeypatch: pytest.MonkeyPatch) -> None:
     before, measured = ["fruit", "code", "sea"], Measurements.losses
 

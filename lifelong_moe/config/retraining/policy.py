@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 
+from lifelong_moe.config.names import require_name
 from lifelong_moe.config.routing.bounds import require_bounded
 from lifelong_moe.errors import ConfigError
 
@@ -78,6 +79,19 @@ class DecisionConfig:
 
 
 @dataclass(kw_only=True)
+class SliceConfig:
+    """A part of the old held-out text, such as a language, a source or a decade, whose loss has a limit of its own: in
+    the mean over a distribution it could vanish."""
+
+    sources: str
+    """Which sources, as a shell writes it: ``cs-*``, ``archive/199?-*``, or a name."""
+    data: str | None = None
+    """Distribution whose sources are meant; null is all of them."""
+    tolerance: float | None = None
+    """As ``gate.tolerance``, which null stands for."""
+
+
+@dataclass(kw_only=True)
 class GateConfig:
     """Limits that a candidate must hold to become the champion."""
 
@@ -93,6 +107,8 @@ class GateConfig:
     """Bootstrap samples of the sources; at least ``20 / level``, so that 20 lie beyond a bound."""
     max_leak: float = 0.5
     """Largest router leak of an old distribution: share of its tokens routed to experts added after it was learned."""
+    slices: dict[str, SliceConfig] = field(default_factory=dict)
+    """Parts of the old text with limits of their own, by names that the gate calls them by."""
 
     def __post_init__(self) -> None:
         require_bounded(self, "gate.")
@@ -107,6 +123,13 @@ class GateConfig:
             f"must be at least {least} for gate.level={self.level}",
         )
         _require("gate.max_leak", self.max_leak, 0 <= self.max_leak <= 1, "must lie in [0, 1]")
+        for name, part in self.slices.items():
+            require_name(name, "gate.slices")
+            if not part.sources:
+                raise ConfigError(f"gate.slices.{name}.sources must be a pattern, such as 'cs-*'.")
+            if part.tolerance is not None:
+                key = f"gate.slices.{name}.tolerance"
+                _require(key, part.tolerance, part.tolerance >= 0, "must not be negative")
 
 
 def _require(key: str, value: float, holds: bool, rule: str) -> None:

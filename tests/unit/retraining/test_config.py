@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from lifelong_moe.config.retraining.policy import DecisionConfig, DriftConfig, GateConfig
+from lifelong_moe.config.retraining.policy import DecisionConfig, DriftConfig, GateConfig, SliceConfig
 from lifelong_moe.errors import ConfigError
 
 BAD: list[tuple[type, dict[str, Any], str]] = [
@@ -26,6 +26,16 @@ BAD: list[tuple[type, dict[str, Any], str]] = [
     (GateConfig, {"resamples": 399}, "gate.resamples=399 must be at least 400 for gate.level=0.05."),
     (GateConfig, {"level": 0.001}, "gate.resamples=2000 must be at least 20000 for gate.level=0.001."),
     (GateConfig, {"max_leak": 1.5}, "gate.max_leak=1.5 must lie in [0, 1]."),
+    (
+        GateConfig,
+        {"slices": {"a": SliceConfig(sources="x", tolerance=-0.1)}},
+        "gate.slices.a.tolerance=-0.1 must not be negative.",
+    ),
+    (
+        GateConfig,
+        {"slices": {"a": SliceConfig(sources="")}},
+        "gate.slices.a.sources must be a pattern, such as 'cs-*'.",
+    ),
 ]
 
 

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -9,10 +10,12 @@ import numpy as np
 import pytest
 from scipy.stats import t
 
-from lifelong_moe.config.retraining.policy import GateConfig
+from lifelong_moe.config.retraining.policy import GateConfig, SliceConfig
+from lifelong_moe.errors import ConfigError
 from lifelong_moe.retraining.bounds import Bounds, DocumentLosses, difference_bounds
 from lifelong_moe.retraining.checks import Verdict
 from lifelong_moe.retraining.gate import Evidence, judge, judge_derived
+from lifelong_moe.retraining.slices import require_text, slices_of
 
 BOOTSTRAP: dict[str, Any] = {"level": 0.05, "resamples": 1000, "seed": 0}
 CONFIG = GateConfig()
@@ -260,6 +263,99 @@ def test_small_steps_do_not_add_up() -> None:
 def test_the_best_version_ever_need_not_be_the_first() -> None:
     assert verdict(old={"wiki": (1.005, 1.0, 1.0)}).passed
     assert failed(verdict(old={"wiki": (1.005, 1.0, 0.9)})) == ["old/wiki/ratchet"]
+
+
+# Slices
+
+
+def sliced(sources: str, lost: float, tolerance: float | None = None, number: int = 10, **keys: Any) -> Verdict:
+    """``number`` of twenty sources are Czech, and ``lost`` more than the others, which gain as much."""
+    names = [f"cs-{i}" if i < number else f"en-{i}" for i in range(20)]
+    before = losses([100.0] * 20, [100] * 20, names)
+    after = losses([100 + 100 * lost] * number + [100 - 100 * lost] * (20 - number), [100] * 20, names)
+    found = Evidence(
+        new="legal",
+        after={"legal": level(1.0), "wiki": after},
+        before={"legal": level(2.0), "wiki": before},
+        best={"wiki": before},
+    )
+    part = SliceConfig(sources=sources, tolerance=tolerance, **keys)
+    return judge(found, GateConfig(tolerance=0.05, slices={"czech": part}), seed=0)
+
+
+def test_a_slice_is_held_to_its_own_limit_where_the_mean_hides_what_it_lost() -> None:
+    assert "old/wiki/step" not in failed(sliced("cs-*", 0.04, 0.03))
+    assert failed(sliced("cs-*", 0.04, 0.03)) == ["slice/czech/step"]
+    assert sliced("cs-*", 0.04, 0.03).reasons == [
+        "Slice czech loses 0.0400 nats per token against the version before, with confidence at most 0.0400; "
+        "more than 0.03."
+    ]
+    assert failed(sliced("cs-*", 0.04, 0.01)) == ["slice/czech/step", "slice/czech/ratchet"]
+    assert not failed(sliced("cs-*", 0.04)) and not failed(sliced("en-*", 0.04, 0.0))  # which gain
+    assert failed(sliced("cs-*", 0.04, 0.03, data="wiki")) == ["slice/czech/step"]
+
+
+def test_documents_of_a_slice_of_few_sources_stand_for_themselves() -> None:
+    names = ["cs"] * 6 + [f"en-{i}" for i in range(14)]
+    before = losses([100.0] * 20, [100] * 20, names)
+    changed = [0.02, 0.01, 0.03, 0.0, 0.01, 0.05]
+    after = losses([100 + 100 * one for one in changed] + [100.0] * 14, [100] * 20, names)
+    found = Evidence(
+        new="legal",
+        after={"legal": level(1.0), "wiki": after},
+        before={"legal": level(2.0), "wiki": before},
+        best={"wiki": before},
+    )
+    config = GateConfig(tolerance=0.03, slices={"czech": SliceConfig(sources="cs")})
+    alone = [losses(each.nats[:6].tolist(), [100] * 6, list("abcdef")) for each in (after, before)]
+    bounds = difference_bounds(*alone, level=0.05, resamples=2000, seed=0)
+    check = next(one for one in judge(found, config, seed=0).checks if one.name == "slice/czech/step")
+    assert (check.value, check.passed) == (bounds.upper, False)
+    assert check.sentence == (
+        f"Slice czech loses 0.0200 nats per token against the version before, with confidence at most "
+        f"{bounds.upper:.4f}, by its 6 documents; more than 0.03."
+    )
+
+
+def test_a_slice_that_cannot_be_told_passes_nothing() -> None:
+    found = sliced("cs-*", 0.0, 1.0, number=3)
+    assert failed(found) == ["slice/czech/step", "slice/czech/ratchet"]
+    assert found.reasons[0] == (
+        "What slice czech lost against the version before cannot be told: 3 document(s) of it are scored, the largest "
+        "with 33% of its tokens; at least 5 are needed, none with most of them."
+    )
+    assert sliced("fr-*", 0.0, 1.0).reasons[0] == (
+        "What slice czech lost against the version before cannot be told: none of its text is scored."
+    )
+    assert failed(sliced("cs-*", math.nan, 1.0)) == [
+        "old/wiki/step", "slice/czech/step", "old/wiki/ratchet", "slice/czech/ratchet",
+    ]  # fmt: skip
+
+
+def test_sources_of_one_name_in_two_distributions_are_two() -> None:
+    sets = {"a": level(1.0), "b": level(1.0)}
+    config = GateConfig(slices={"both": SliceConfig(sources="s1?"), "one": SliceConfig(sources="s1?", data="b")})
+    found = {name: part for name, _, part in slices_of(sets, sets, config)}
+    assert [len(part.after.sizes) for part in found.values() if part is not None] == [20, 10]
+
+
+def test_a_slice_of_text_that_is_not_there_costs_one_line() -> None:
+    there = {"wiki": ["cs-1", "en-1"], "code": ["a"]}
+    require_text(GateConfig(slices={"x": SliceConfig(sources="cs-*"), "y": SliceConfig(sources="a")}), there)
+    for part, message in (
+        (
+            SliceConfig(sources="cs_*"),
+            "gate.slices.x.sources=cs_*: no source of held-out text is named so; there are a, cs-1, en-1.",
+        ),
+        (SliceConfig(sources="a", data="wiki"), "gate.slices.x.sources=a: no source of held-out text is named so; th"),
+        (SliceConfig(sources="a", data="blog"), "gate.slices.x.data=blog: there are code, wiki."),
+    ):
+        with pytest.raises(ConfigError, match=f"^{re.escape(message)}"):
+            require_text(GateConfig(slices={"x": part}), there)
+    unnamed = {"wiki": ["sha256:00"]}
+    require_text(GateConfig(slices={"x": SliceConfig(sources="*")}), unnamed)
+    with pytest.raises(ConfigError, match=r"named so; none has a name\.$"):
+        require_text(GateConfig(slices={"x": SliceConfig(sources="cs")}), unnamed)
 
 
 def noisy(seed: int, mean: float = 0.0) -> DocumentLosses:

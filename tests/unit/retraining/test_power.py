@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy.stats import norm, t
 
-from lifelong_moe.config.retraining.policy import GateConfig
+from lifelong_moe.config.retraining.policy import GateConfig, SliceConfig
 from lifelong_moe.retraining.bounds import DocumentLosses
 from lifelong_moe.retraining.power import passing_chances
 
@@ -49,3 +49,13 @@ def test_each_distribution_or_pool_has_a_chance() -> None:
     sets = {"big": compared(30, 0.02), "a": compared(4, 0.02), "b": compared(4, 0.02)}
     after, before = ({name: pair[side] for name, pair in sets.items()} for side in (0, 1))
     assert set(passing_chances(after, before, {}, CONFIG)) == {("big",), ("a", "b")}
+
+
+def test_each_slice_has_a_chance() -> None:
+    after, before = compared(30, 0.02)
+    slices = {"few": SliceConfig(sources="?"), "wide": SliceConfig(sources="?", tolerance=1.0)}
+    slices["none"] = SliceConfig(sources="x")
+    found = passing_chances({"a": after}, {"a": before}, {}, GateConfig(tolerance=0.01, slices=slices))
+    first = [DocumentLosses(each.nats[:10], each.tokens[:10], each.sources[:10]) for each in (after, before)]
+    assert found["slice few",] == passing_chances({"a": first[0]}, {"a": first[1]}, {}, CONFIG)["a",]
+    assert (found["slice wide",], found["slice none",]) == (1.0, 0.0)
