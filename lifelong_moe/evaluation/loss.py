@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -44,7 +44,7 @@ class Evaluation:
 
     def to_json(self) -> dict[str, Any]:
         """As plain JSON data."""
-        return asdict(self)
+        return dict(vars(self))
 
 
 def evaluate(
@@ -74,10 +74,9 @@ def evaluate(
         total += float(batch.nats_T.sum())
         batch_loads = batch.loads()
         loads = batch_loads if loads is None else [a + b for a, b in zip(loads, batch_loads, strict=True)]
-        if mixes:
-            weights_TG = batch.weights(num_generations)
-            shares_G += weights_TG.sum(dim=0).cpu()
-            readers += int((weights_TG > 0).sum())
+        if batch.weights_TG is not None:
+            shares_G += batch.weights_TG.sum(dim=0).cpu()
+            readers += int((batch.weights_TG > 0).sum())
         scored += len(batch.nats_T)
         if told is not None:
             told(scored)

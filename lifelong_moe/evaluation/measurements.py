@@ -160,7 +160,7 @@ class Measurements:
             if (result := self._stored(model, name)) is None:
                 # Loading costs more than measuring: once, and only if something is missing.
                 if loaded is None:
-                    loaded = self.load(model)
+                    loaded = self.load(model).eval()
                     mixture = loaded.architecture.mixture
                     # Where nobody is ever left out, no weight says how far a generation was heard.
                     readers = reader_hashes(loaded) if mixture is not None and mixture.drop else []

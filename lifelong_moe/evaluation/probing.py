@@ -77,7 +77,6 @@ def observe(model: LanguageModel, windows: EvaluationSet, *, distribution: str |
         windows: Overlapping windows, each beginning with BOS.
         distribution: The text's distribution if it is known; only routing by label looks at it.
     """
-    mixes, num_generations = model.architecture.mixture is not None, len(model.architecture.generations)
     parts: list[Observation] = []
     for batch in read_windows(model, windows, distribution=distribution, batch_tokens=BATCH_TOKENS):
         scored, tokens = batch.arrays["scored"].cpu(), batch.arrays["token_ids"].cpu()
@@ -91,7 +90,7 @@ def observe(model: LanguageModel, windows: EvaluationSet, *, distribution: str |
                 tokens[scored].numpy(),
                 list(expert_ids),
                 list(weights),
-                batch.weights(num_generations).cpu().numpy() if mixes else None,
+                None if batch.weights_TG is None else batch.weights_TG.cpu().numpy(),
             )
         )
     return _in_reading_order(parts)

@@ -7,7 +7,7 @@ width, V vocabulary, T scored tokens of the batch in reading order of its rows.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -53,9 +53,13 @@ class WindowBatch:
     arrays: Arrays
     """Their tokens ``(B, S)``; see :meth:`lifelong_moe.data.tokens.windows.EvaluationSet.batch`."""
     members: list[Member]
-    """At least one; a selected generation has all of the weight."""
+    """Those that read; a selected generation has all of the weight. Without known readings there is at least one."""
     nats_T: Tensor
     """Loss of each scored token, float64."""
+    weights_TG: Tensor | None = None
+    """Weight of each generation in the prediction of each scored token, float64; None where one is selected."""
+    known_loads: Sequence[Tensor] = ()
+    """Of the members that need not read, float64 ``(members, E)`` for each layer; empty if there are none."""
 
     @cached_property
     def shares(self) -> list[tuple[Member, Tensor, Tensor]]:
@@ -82,17 +86,11 @@ class WindowBatch:
     def loads(self) -> list[Tensor]:
         """Assignments of scored tokens by layer and expert, ``(E,)``: float64 by the members' weights, or int64."""
         parts = [
-            [one.loads_of((has_part_RP * member.weights_RP).flatten()) for one in member.output.routings]
+            [one.loads_of((has_part_RP * member.weights_RP).flatten()).unsqueeze(0) for one in member.output.routings]
             for member, has_part_RP, _ in self.shares
         ]
-        return [torch.stack(layer).sum(dim=0) for layer in zip(*parts, strict=True)]
-
-    def weights(self, num_generations: int) -> Tensor:
-        """Weight of each generation in the prediction of each scored token, float64 ``(T, G)``."""
-        found_TG = torch.zeros(len(self.nats_T), num_generations, dtype=torch.float64, device=self.nats_T.device)
-        for member, has_part_RP, places in self.shares:
-            found_TG[places, member.domain_ids_RP[has_part_RP]] = member.weights_RP[has_part_RP]
-        return found_TG
+        known = [[*self.known_loads]] if self.known_loads else []
+        return [torch.cat(layer).sum(dim=0) for layer in zip(*parts, *known, strict=True)]
 
     def log_probabilities(self, model: LanguageModel, part_T: Tensor) -> Tensor:
         """Log probabilities of all next tokens, for some of the scored tokens, float32 ``(len(part_T), V)``.
@@ -162,12 +160,15 @@ def forward_selected(
 @contextmanager
 def _evaluating(model: LanguageModel) -> Iterator[None]:
     """In evaluation mode; training may continue with the model."""
-    training = model.training
+    # Not set again where it is so already: that takes a step for each module of each generation.
+    if not model.training:
+        yield
+        return
     model.eval()
     try:
         yield
     finally:
-        model.train(training)
+        model.train()
 
 
 def _selected(
@@ -249,7 +250,6 @@ class _Texts:
         self, model: LanguageModel, windows: EvaluationSet, mixture: MixtureConfig, readings: Readings | None
     ) -> None:
         self.model, self.windows, self.mixture, self.readings = model, windows, mixture, readings
-        self.known = frozenset[int]() if readings is None else readings.known
         self.text_W, self.number_W = windows.texts()
         shape = int(self.text_W.max(initial=-1)) + 1, len(model.architecture.generations)
         self.alive = torch.ones(shape, dtype=torch.bool)
@@ -283,34 +283,35 @@ class _Texts:
                 costs_RP = now.nats_BSG[here, : weights_RP.shape[1], generation]
                 places_R = torch.from_numpy(places_B)[here]
                 self.readings.note(generation, places_R, weights_RP > 0, costs_RP, member.output)
-        members = [*now.members, *self._known_members(known, now, weights_BSG)]
-        scored_BS = arrays["scored"].cpu()
+        scored_BS, device = arrays["scored"].cpu(), arrays["scored"].device
+        loads = self._known_loads(known, now, weights_BSG, scored_BS)
+        weights_TG = weights_BSG[scored_BS]
         # Without a weight the cost is not a number, either.
-        logs_TG = (weights_BSG[scored_BS].log() - now.nats_BSG[scored_BS]).nan_to_num(-math.inf, neginf=-math.inf)
-        return WindowBatch(places_B, arrays, members, -logs_TG.logsumexp(dim=1).to(arrays["scored"].device))
+        logs_TG = (weights_TG.log() - now.nats_BSG[scored_BS]).nan_to_num(-math.inf, neginf=-math.inf)
+        nats_T = -logs_TG.logsumexp(dim=1)
+        return WindowBatch(places_B, arrays, now.members, nats_T.to(device), weights_TG.to(device), loads)
 
     def _recall(self, now: _Hearing, left_BG: Tensor) -> list[int]:
         """Note what windows cost the known generations; returns these, but those that are left in no window."""
-        known = [generation for generation in sorted(self.known) if bool(left_BG[:, generation].any())]
-        for generation in known:
-            assert self.readings is not None
-            costs_BS = self.readings.nats(generation, torch.from_numpy(now.places_B), now.length)
-            now.nats_BSG[:, :, generation] = costs_BS.masked_fill(~now.evidence_BS, math.nan)
+        if self.readings is None:
+            return []
+        is_left_G = left_BG.any(dim=0).tolist()
+        known = [generation for generation in self.readings.known if is_left_G[generation]]
+        costs_GBS = self.readings.nats(known, torch.from_numpy(now.places_B), now.length)
+        now.nats_BSG[:, :, known] = costs_GBS.permute(1, 2, 0).masked_fill(~now.evidence_BS.unsqueeze(2), math.nan)
         return known
 
-    def _known_members(self, known: list[int], now: _Hearing, weights_BSG: Tensor) -> Iterator[Member]:
-        """Of the generations that need not read, each with the windows in which it has a weight."""
-        # Of all generations at once: of many, most have a weight nowhere.
-        has_weight_BG = (weights_BSG > 0).any(dim=1) & (now.until_BG == 0)
-        for generation in known:
-            here = has_weight_BG[:, generation].nonzero().squeeze(1)
-            if len(here):
-                assert self.readings is not None
-                places_R, like = torch.from_numpy(now.places_B)[here], now.arrays["token_ids"]
-                output = self.readings.output(generation, places_R, like.shape[1], self.model.norm.weight)
-                domain_ids = torch.full_like(like[here.to(like.device)], generation)
-                weights_RP = weights_BSG[here, :, generation].to(like.device)
-                yield Member(here.to(like.device), domain_ids, output, weights_RP)
+    def _known_loads(self, known: list[int], now: _Hearing, weights_BSG: Tensor, scored_BS: Tensor) -> list[Tensor]:
+        """Assignments by generations that need not read and have a weight, ``(members, E)`` for each layer."""
+        # Of all generations at once: a step for each of fifty would cost more than the newest one's reading.
+        has_weight_G = ((weights_BSG > 0).any(dim=1) & (now.until_BG == 0)).any(dim=0).tolist()
+        members = [generation for generation in known if has_weight_G[generation]]
+        if self.readings is None or not members:
+            return []
+        counts_BSG = scored_BS.unsqueeze(2) & (now.until_BG[:, members] == 0).unsqueeze(1)
+        own_GBS = (weights_BSG[:, :, members] * counts_BSG).permute(2, 0, 1)
+        loads = self.readings.loads(members, torch.from_numpy(now.places_B), own_GBS)
+        return [layer.to(now.arrays["scored"].device) for layer in loads]
 
     def _pass(self, now: _Hearing, asked_BG: Tensor, width: int) -> None:
         """Let generations read the first positions of some windows each, and note what they cost."""

@@ -11,6 +11,7 @@ Legend: W windows, S positions, B windows of a batch, N places where a generatio
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -22,7 +23,6 @@ from lifelong_moe.config.parts import TensorName
 from lifelong_moe.data.tokens.windows import EvaluationSet
 from lifelong_moe.model.transformer import LanguageModel, ModelOutput
 from lifelong_moe.plan.architecture import Architecture
-from lifelong_moe.routing.base import Routing
 from lifelong_moe.storage.keys import content_key
 
 
@@ -95,41 +95,71 @@ class Readings:
         """Known ones that do not fit these windows are left aside."""
         self.width, self.num_windows = int(windows.length.max(initial=1)), len(windows)
         self.num_experts = [architecture.experts_in(layer) for layer in range(architecture.model.layers)]
-        self._known = {generation: self._padded(one) for generation, one in known.items() if self._fits(one)}
-        # shape: (W, S), each place's row in the reading; -1, the padding at its end, where it says nothing
-        self._rows = {generation: self._rows_of(known[generation]) for generation in self._known}
+        # Ascending; a generation's place among them is its row below.
+        self._known = {generation: one for generation, one in sorted(known.items()) if self._fits(one)}
+        # Of all known generations in one table, so that many cost no more steps than one. The last row, where a
+        # reading says nothing, is padding.
+        each = [*self._known.values(), Reading(torch.empty(0), torch.tensor([math.nan]), self._nobody())]
+        self._costs_N = torch.cat([one.nats_N for one in each])
+        layers = [_padded(layer) for layer in zip(*(one.experts_NK for one in each), strict=True)]
+        self._experts_NK = [torch.cat(layer) for layer in layers]
+        self._rows_GWS = self._rows()
+        self._place = {generation: place for place, generation in enumerate(self._known)}
         self._parts: dict[int, list[Reading]] = {}
 
     def _fits(self, reading: Reading) -> bool:
         return not len(reading.places_N) or int(reading.places_N[-1]) < self.num_windows * self.width
 
-    def _padded(self, reading: Reading) -> Reading:
-        costs_N = torch.cat([reading.nats_N, torch.tensor([torch.nan])])
-        return Reading(reading.places_N, costs_N, [F.pad(one, (0, 0, 0, 1), value=-1) for one in reading.experts_NK])
+    def _nobody(self) -> list[Tensor]:
+        return [torch.full((1, 1), -1, dtype=torch.int16) for _ in self.num_experts]
 
-    def _rows_of(self, reading: Reading) -> Tensor:
-        rows = torch.full((self.num_windows * self.width,), -1, dtype=torch.int32)
-        rows[reading.places_N] = torch.arange(len(reading.places_N), dtype=torch.int32)
-        return rows.view(-1, self.width)
+    def _rows(self) -> Tensor:
+        """Each place's row in the table for each known generation, ``(G, W, S)``; -1 where it says nothing."""
+        kind = torch.int32 if len(self._costs_N) < 2**31 else torch.int64
+        rows = torch.full((len(self._known), self.num_windows * self.width), -1, dtype=kind)
+        first = 0
+        for rows_N, one in zip(rows, self._known.values(), strict=True):
+            rows_N[one.places_N] = torch.arange(first, first + len(one.places_N), dtype=kind)
+            first += len(one.places_N)
+        return rows.view(-1, self.num_windows, self.width)
 
     @property
-    def known(self) -> frozenset[int]:
-        """Generations that need not read."""
-        return frozenset(self._known)
+    def known(self) -> list[int]:
+        """Generations that need not read, ascending."""
+        return [*self._known]
 
-    def nats(self, generation: int, places_B: Tensor, length: int) -> Tensor:
-        """What targets cost a known generation, float64 ``(B, length)``; not a number where it had no weight."""
-        return self._known[generation].nats_N[self._rows[generation][places_B, :length]].double()
+    def nats(self, generations: Sequence[int], places_B: Tensor, length: int) -> Tensor:
+        """What targets cost known generations, float64 ``(G, B, length)``; not a number where one had no weight."""
+        return self._costs_N[self._rows_of(generations, places_B, length)].double()
 
-    def output(self, generation: int, places_B: Tensor, length: int, like: Tensor) -> ModelOutput:
-        """What a known generation made of windows, as far as it is known: the experts of each token, on a device."""
-        rows_T = self._rows[generation][places_B, :length].flatten()
-        routings = []
-        for num_experts, ids_NK in zip(self.num_experts, self._known[generation].experts_NK, strict=True):
-            ids_TK = ids_NK[rows_T].long().to(like.device)
-            routings.append(Routing(ids_TK, torch.ones_like(ids_TK, dtype=torch.float32), num_experts, ragged=True))
-        # Hidden states are not kept: nothing that is measured with readings asks for them.
-        return ModelOutput(like.new_empty(len(places_B), length, 0), routings)
+    def loads(self, generations: Sequence[int], places_B: Tensor, weights_GBS: Tensor) -> list[Tensor]:
+        """Assignments by known generation, layer and expert, each token counted by a weight.
+
+        Args:
+            generations: Known ones.
+            places_B: Places of the windows.
+            weights_GBS: Of each position in each window, float64; 0 where it does not count.
+
+        Returns:
+            For each layer float64 ``(G, E)``.
+        """
+        counted_GBS = weights_GBS > 0
+        rows_N = self._rows_of(generations, places_B, weights_GBS.shape[2])[counted_GBS]
+        of_N1 = counted_GBS.nonzero()[:, :1]
+        weights_N1 = weights_GBS[counted_GBS].unsqueeze(1)
+        found = []
+        for num_experts, ids_NK in zip(self.num_experts, self._experts_NK, strict=True):
+            ids_TK = ids_NK[rows_N].long()
+            loads = weights_GBS.new_zeros(len(generations) * num_experts)
+            places_TK = of_N1 * num_experts + ids_TK.clamp_min(0)
+            # In the order of the tokens, as one generation's loads are added up in Routing.loads_of.
+            loads.scatter_add_(0, places_TK.flatten(), (weights_N1 * (ids_TK >= 0)).flatten())
+            found.append(loads.view(-1, num_experts))
+        return found
+
+    def _rows_of(self, generations: Sequence[int], places_B: Tensor, length: int) -> Tensor:
+        own = torch.tensor([self._place[one] for one in generations], dtype=torch.int64)
+        return self._rows_GWS[own[:, None], places_B, :length]
 
     def note(
         self, generation: int, places_R: Tensor, has_weight_RP: Tensor, nats_RP: Tensor, made: ModelOutput
@@ -150,9 +180,7 @@ class Readings:
         }
 
     def _before(self, generation: int) -> list[Reading]:
-        if (known := self._known.get(generation)) is None:
-            return []
-        return [Reading(known.places_N, known.nats_N[:-1], [ids_NK[:-1] for ids_NK in known.experts_NK])]
+        return [self._known[generation]] if generation in self._known else []
 
 
 def reader_hashes(model: LanguageModel) -> list[str]:

@@ -110,6 +110,9 @@ def _slices(generations: GenerationSlices | None) -> Iterator[tuple[int, Tensor 
     if generations is None:
         yield 0, slice(None), 1.0
         return
-    for generation, rows in enumerate(generations.order_T.split(generations.counts)):
-        if len(rows):
-            yield generation, rows, len(rows) / len(generations.order_T)
+    first = 0
+    for generation, count in enumerate(generations.counts):
+        if count:
+            rows = generations.order_T[first : first + count]
+            yield generation, rows, count / len(generations.order_T)
+        first += count

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 from lifelong_moe.config.data import MAX_VOCAB_SIZE
@@ -123,7 +124,14 @@ class Architecture:
 
     def experts_in(self, layer: int) -> int:
         """Experts of a layer."""
-        return sum(generation.experts_in(layer) for generation in self.generations)
+        # Counted once: whatever is read that was stored of a model asks for it.
+        if layer not in self._counted:
+            self._counted[layer] = sum(generation.experts_in(layer) for generation in self.generations)
+        return self._counted[layer]
+
+    @cached_property
+    def _counted(self) -> dict[int, int]:
+        return {}
 
     def expert_births(self, layer: int) -> list[str]:
         """Birth stage of each expert of a layer, by index."""

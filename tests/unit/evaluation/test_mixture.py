@@ -141,7 +141,7 @@ def test_no_later_token_changes_a_loss_or_a_weight(model: LanguageModel) -> None
         for batch in read_windows(model, windows, distribution=None, batch_tokens=16):
             rows, columns = batch.arrays["scored"].nonzero(as_tuple=True)
             at = torch.from_numpy(windows.start[batch.places_B])[rows] - 1 + columns
-            nats[at], weights[at] = batch.nats_T, batch.weights(3)
+            nats[at], weights[at] = batch.nats_T, batch.weights_TG
         return nats.tolist(), weights
 
     nats, weights_TG = look(document)
@@ -158,7 +158,7 @@ def test_what_is_certain_is_the_generation_s_own(model: LanguageModel) -> None:
     windows = windows_of(random_documents([30]))
     [*batches] = read_windows(model, windows, distribution=None, batch_tokens=64)
     last = batches[-1]
-    weights_TG = last.weights(3)
+    weights_TG = last.weights_TG
     [generation] = weights_TG[-1].nonzero().flatten().tolist()
     assert weights_TG[:, generation].eq(1).all()
     [member] = last.members

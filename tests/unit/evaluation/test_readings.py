@@ -21,6 +21,7 @@ from lifelong_moe.evaluation.readings import Reading, Readings, reader_hashes
 from lifelong_moe.model.head import LinearHead
 from lifelong_moe.model.transformer import LanguageModel
 from lifelong_moe.plan.architecture import Generation
+from lifelong_moe.routing.base import Routing
 from lifelong_moe.store import readings
 from lifelong_moe.store.readings import ReadingCache
 
@@ -114,6 +115,40 @@ def test_who_is_heard_longer_than_before_reads_on(
         with monkeypatch.context() as patch:
             seen, again = who_reads(patch), Readings(windows, after.architecture, asked.made() | known.made())
             assert measured(after, windows, again).nats_per_token == pytest.approx(found.nats_per_token) and not seen
+
+
+def test_all_known_generations_at_once_are_each_by_itself_bit_for_bit(
+    models: tuple[LanguageModel, LanguageModel], windows: EvaluationSet
+) -> None:
+    """Also where generations share the experts of a layer that did not grow, and a reading is empty."""
+    generator, architecture = torch.Generator().manual_seed(0), models[1].architecture
+    width, known = int(windows.length.max()), dict[int, Reading]()
+    for generation, kept in ((0, 0.5), (2, 0.9), (1, 0.0)):
+        places_N = (torch.rand(len(windows) * width, generator=generator) < kept).nonzero().squeeze(1)
+        experts = [
+            torch.randint(-1, architecture.experts_in(layer), (len(places_N), 1 + layer), generator=generator).short()
+            for layer in range(architecture.model.layers)
+        ]
+        known[generation] = Reading(places_N, torch.rand(len(places_N), generator=generator), experts)
+    at_once = Readings(windows, architecture, known)
+    assert at_once.known == [0, 1, 2]
+    places_B, length = torch.tensor([3, 0, 4]), width - 1
+    nats_GBS = at_once.nats([0, 2, 1], places_B, length)
+    weights_GBS = torch.rand(3, 3, length, generator=generator, dtype=torch.float64) * ~nats_GBS.isnan()
+    loads = at_once.loads([0, 2, 1], places_B, weights_GBS)
+    for row, generation in enumerate((0, 2, 1)):
+        one, rows_P = known[generation], torch.full((len(windows) * width,), -1)
+        rows_P[one.places_N] = torch.arange(len(one.places_N))
+        rows_T = rows_P.view(-1, width)[places_B, :length].flatten()
+        padded_N = torch.cat([one.nats_N, torch.tensor([torch.nan])]).double()
+        assert nats_GBS[row].flatten().nan_to_num(-1).equal(padded_N[rows_T].nan_to_num(-1))
+        for layer, ids_NK in enumerate(one.experts_NK):
+            ids_TK = torch.cat([ids_NK, ids_NK.new_full((1, ids_NK.shape[1]), -1)])[rows_T].long()
+            routing = Routing(ids_TK, torch.ones(ids_TK.shape), architecture.experts_in(layer), ragged=True)
+            assert loads[layer][row].equal(routing.loads_of(weights_GBS[row].flatten()))
+    # Nobody at all.
+    assert [one.shape for one in at_once.loads([], places_B, weights_GBS[:0])] == [(0, 8), (0, 8)]
+    assert Readings(windows, architecture, {}).nats([], places_B, length).shape == (0, 3, length)
 
 
 def test_a_layer_that_grew_has_more_experts_for_a_token() -> None:
