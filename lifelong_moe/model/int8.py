@@ -3,7 +3,7 @@
 Where products are in bfloat16, frozen matrices are rounded to it once, rather than cast in each pass
 (:func:`round_frozen`). Elsewhere they are made whole on use: in 16 bits are those that lose nothing by it, as a
 checkpoint's in bfloat16; in 8 bits, with a scale per row, all (:func:`hold_frozen`). This changes a loaded model in
-memory only: the stored bits are put back before anything is committed (:func:`make_whole`).
+memory only: the stored bits are put back before anything is committed (:func:`unround_frozen`, :func:`make_whole`).
 
 Legend: O rows, I columns of a matrix.
 """
@@ -189,12 +189,12 @@ def round_frozen(model: nn.Module, teacher: nn.Module | None = None) -> int:
     return saved
 
 
-def make_whole(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-    """Undo :func:`hold_frozen` or :func:`round_frozen`, in place.
+def unround_frozen(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Undo :func:`round_frozen`, in place.
 
     Args:
-        model: In float32; its other matrices stay as they are.
-        tensors: The stored tensors by name; the held matrices become these again, bit for bit.
+        model: In float32 but for what was rounded.
+        tensors: The stored tensors by name; the rounded matrices become these again, bit for bit.
     """
     for owner_name, owner in model.named_modules():
         for name, parameter in [*owner.named_parameters(recurse=False)]:
@@ -202,6 +202,15 @@ def make_whole(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
                 stored = _stored(tensors, owner, owner_name, name)
                 whole = stored.to(parameter.device, torch.float32)
                 setattr(owner, name, nn.Parameter(whole, requires_grad=False))
+
+
+def make_whole(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Undo :func:`hold_frozen`, in place.
+
+    Args:
+        model: Its other matrices stay as they are, in whatever training computes in.
+        tensors: The stored tensors by name; the held matrices become these again, bit for bit.
+    """
     held = [(prefix, m) for prefix, m in model.named_modules() if isinstance(m, parametrize.ParametrizationList)]
     for prefix, _ in held:
         owner_name, _, name = prefix.rpartition(".parametrizations.")

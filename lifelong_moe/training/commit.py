@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 from lifelong_moe.errors import DivergedError
 from lifelong_moe.model.transformer import LanguageModel
@@ -27,7 +28,7 @@ def commit_stage(run: StageRun, model: LanguageModel, metrics: StageMetrics) -> 
         old = store.tensors(parent)
         # A tensor that the stage trains is its own even if its bits are the same: how often that happens is chance, and
         # what a stage holds should follow from its configuration.
-        borrowed = {n for n in old if n in state and n not in trained and torch.equal(old[n], state[n].cpu())}
+        borrowed = {n for n in old if n in state and n not in trained and _is_same(old[n], state[n].cpu())}
         removed = tuple(sorted(old.keys() - state.keys()))
         # The invariant of the whole project: a frozen weight is never written again.
         if changed := sorted(model.stored_names(trained=False) & set(old) - borrowed):
@@ -41,6 +42,12 @@ def commit_stage(run: StageRun, model: LanguageModel, metrics: StageMetrics) -> 
     made = run.data.tokenizer if parent is None else run.data.added.get(run.planned.index)
     text = made.text if made is not None else None
     return store.commit(_record(run, model, removed), metrics.to_json(), own, text)
+
+
+def _is_same(stored: Tensor, held: Tensor) -> bool:
+    """Whether a tensor is the stored one, in the numbers that training computes in."""
+    # ``bf16-true`` rounds a float32 checkpoint for training; the store keeps what came in.
+    return torch.equal(stored.to(held.dtype), held)
 
 
 def _record(run: StageRun, model: LanguageModel, removed: tuple[str, ...] | None) -> StageRecord:

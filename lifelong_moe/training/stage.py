@@ -24,7 +24,7 @@ from lifelong_moe.config.growth import FrozenWeights
 from lifelong_moe.data.tokens.prepare import PreparedData
 from lifelong_moe.data.tokens.shards import ShardDocuments
 from lifelong_moe.growth.clusters import fit_clusters
-from lifelong_moe.model.int8 import hold_frozen, make_whole, round_frozen
+from lifelong_moe.model.int8 import hold_frozen, make_whole, round_frozen, unround_frozen
 from lifelong_moe.model.transformer import LanguageModel
 from lifelong_moe.plan.phase import Trains
 from lifelong_moe.plan.planned import PlannedStage
@@ -104,7 +104,8 @@ def _restore_and_train(run: StageRun) -> tuple[LanguageModel, StageMetrics]:
     metrics = stage_metrics(models.model, run, measured, rollbacks.count)
     if (rounds or kind != FrozenWeights.full) and run.parent is not None:
         # The stored bits, not those made of fewer: a commit proves that frozen tensors are unchanged.
-        make_whole(models.model, run.environment.store.tensors(run.parent))
+        put_back = unround_frozen if rounds else make_whole
+        put_back(models.model, run.environment.store.tensors(run.parent))
     return models.model, metrics
 
 

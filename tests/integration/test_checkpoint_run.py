@@ -230,6 +230,26 @@ def test_halves_are_stored_as_they_came_and_continued(lab: Path) -> None:
     assert torch.equal(logits(load_model(store, chain[-1])), logits(theirs))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("frozen_weights", ["full", "int8"])
+def test_training_in_bf16_leaves_the_checkpoint_in_its_own_numbers(
+    lab: Path, dtype: torch.dtype, frozen_weights: str
+) -> None:
+    write_checkpoint("llama", dtype=dtype)
+    config = config_of(bundles=True)
+    config["trainer"]["precision"] = "bf16-true"
+    config["stage_defaults"]["grow"]["frozen_weights"] = frozen_weights
+    train(write_config(config))
+    store = StageStore(Path("mlruns"))
+    chain = store.chain(json.loads(Path("mlruns/runs/tiny/head.json").read_text())["stages"][-1])
+    holders, tensors = store.holders(chain[-1]), store.tensors(chain[-1])
+    theirs = load_pretrained(read_checkpoint(Path("ck")))
+    assert all(torch.equal(tensors[n], t) for n, t in theirs.state_dict().items() if holders[n] == chain[0].key)
+    assert holders["embedding.weight"] == holders["norm.weight"] == chain[0].key
+    assert torch.equal(logits(load_model(store, chain[-1])), logits(theirs.float()))
+    assert {tensors[n].dtype for n, key in holders.items() if key != chain[0].key} == {torch.bfloat16}
+
+
 def test_a_checkpoint_is_known_by_its_numbers_and_not_by_its_place(lab: Path) -> None:
     write_checkpoint("llama")
     train(write_config(config_of(bundles=True)))
