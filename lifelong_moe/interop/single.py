@@ -141,7 +141,9 @@ def _matrix(tensors: Mapping[str, Tensor], layer: int, expert: int, matrix: str)
     from lifelong_moe.ops.low_rank import changed
 
     base = int(tensors[expert_tensor(layer, expert, "base")])
-    return changed(tensors[expert_tensor(layer, base, matrix)], tensors[f"{name}_a"], tensors[f"{name}_b"])
+    parts = (expert_tensor(layer, base, matrix), f"{name}_a", f"{name}_b")
+    # As for trunks: the sum needs more bits than its parts.
+    return changed(*(tensors[one].float() for one in parts))
 
 
 def token_rows(tensors: Mapping[str, Tensor], table: str, generation: int) -> Tensor:
@@ -151,7 +153,11 @@ def token_rows(tensors: Mapping[str, Tensor], table: str, generation: int) -> Te
 
 
 def with_delta(tensors: Mapping[str, Tensor], name: str, generation: int) -> Tensor:
-    """A matrix with a generation's low-rank change added, as :class:`~lifelong_moe.model.deltas.Deltas` adds it."""
+    """A matrix with a generation's low-rank change added, as :class:`~lifelong_moe.model.deltas.Deltas` adds it.
+
+    Returns:
+        In float32 with a change, in which models compute; halves would round the sum.
+    """
     change = f"{name.removesuffix('.weight')}.deltas.{generation}"
     up = tensors.get(f"{change}.up")
-    return tensors[name] if up is None else tensors[name] + up @ tensors[f"{change}.down"]
+    return tensors[name] if up is None else tensors[name].float() + up.float() @ tensors[f"{change}.down"].float()

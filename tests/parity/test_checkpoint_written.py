@@ -176,6 +176,25 @@ def test_halves_stay_halves_until_something_is_added_to_them(make_model: Make, t
     assert {t.dtype for t in load_file(tmp_path / "1" / "model.safetensors").values()} == {torch.float32}
 
 
+@pytest.mark.parametrize("whole", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("change", [{"delta_rank": 2}, {"rank": 2}])
+def test_what_is_added_in_halves_goes_out_unrounded(
+    make_model: Make, tmp_path: Path, change: dict[str, int], whole: torch.dtype
+) -> None:
+    model, ids = make_model("labelled_bundles", (2, Generation("s1", 2, **change))), random_ids(61)
+    fill_changes(model)
+    parts = (".deltas.", "_a", "_b")
+    tensors = {
+        name: tensor.to(torch.bfloat16 if any(part in name for part in parts) else whole)
+        if tensor.is_floating_point()
+        else tensor
+        for name, tensor in model.state_dict().items()
+    }
+    model.load_state_dict(tensors)
+    write_folder(Source(model.architecture, tensors, [TOKENIZER], Kept({}.get)), 1, tmp_path)
+    torch.testing.assert_close(logits(model, ids, 1), theirs(tmp_path, ids), atol=1e-5, rtol=0)
+
+
 def test_the_tokenizer_puts_its_first_token_before_a_text(make_model: Make, tmp_path: Path) -> None:
     written(tmp_path / "out", make_model())
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
