@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterable, Iterator
 from io import BufferedReader
 
 import torch
@@ -44,9 +46,24 @@ def load_pretrained(checkpoint: Checkpoint, stage: str = "base") -> LanguageMode
             for piece in pieces(stored, ours):
                 _fill(piece, file, extent, stored.name)
     if checkpoint.head_copy is not None:
-        _require_equal(ours["embedding.weight"], checkpoint.head_copy)
+        _require_equal(ours["embedding.weight"].view(-1).split(CHUNK), checkpoint.head_copy)
     begin_unread(model, checkpoint.family)
     return model
+
+
+def require_sound(checkpoint: Checkpoint) -> None:
+    """Read all numbers once and keep none: what :func:`load_pretrained` would refuse is refused.
+
+    Raises:
+        CheckpointError: As there.
+    """
+    for stored, extent in checkpoint.tensors:
+        for part in _numbers(extent, stored.name):
+            if not stored.ours and bool(part.any()):
+                raise not_zero(extent.path, stored.name)
+    if checkpoint.head_copy is not None:
+        embedding = next(extent for stored, extent in checkpoint.tensors if stored.ours == ("embedding.weight",))
+        _require_equal(_numbers(embedding, "model.embed_tokens.weight"), checkpoint.head_copy)
 
 
 def empty_model(checkpoint: Checkpoint, stage: str) -> LanguageModel:
@@ -68,29 +85,37 @@ def _fill(target: Tensor, file: BufferedReader, extent: Extent, name: str) -> No
     """Read the next numbers of a file into a contiguous tensor."""
     for part in target.view(-1).split(CHUNK):
         stored = part if part.dtype == DTYPES[extent.dtype] else torch.empty(len(part), dtype=DTYPES[extent.dtype])
-        _read(stored, file, extent)
-        if not bool(stored.isfinite().all()):
-            raise CheckpointError(f"{extent.path}: {name} holds a number that is not finite.")
+        _read(stored, file, extent, name)
         if stored is not part:
             part.copy_(stored)
 
 
-def _read(target: Tensor, file: BufferedReader, extent: Extent) -> None:
+def _numbers(extent: Extent, name: str) -> Iterator[Tensor]:
+    """The numbers of a tensor, some at a time."""
+    left = math.prod(extent.shape)
+    with opened(extent.path) as file:
+        file.seek(extent.start)
+        while left > 0:
+            part = torch.empty(min(left, CHUNK), dtype=DTYPES[extent.dtype])
+            _read(part, file, extent, name)
+            yield part
+            left -= len(part)
+
+
+def _read(target: Tensor, file: BufferedReader, extent: Extent, name: str) -> None:
     # Raw bytes: NumPy has no bfloat16.
     into = target.view(torch.uint8).numpy()
     if file.readinto(into.data) != into.size:
         raise CheckpointError(f"{extent.path}: became shorter while it was read.")
+    if not bool(target.isfinite().all()):
+        raise CheckpointError(f"{extent.path}: {name} holds a number that is not finite.")
 
 
-def _require_equal(embedding_VD: Tensor, extent: Extent) -> None:
-    """Require that a tied head which is stored is the embedding."""
-    with opened(extent.path) as file:
-        file.seek(extent.start)
-        for part in embedding_VD.view(-1).split(CHUNK):
-            stored = torch.empty(len(part), dtype=DTYPES[extent.dtype])
-            _read(stored, file, extent)
-            if not torch.equal(stored.to(part.dtype), part):
-                raise CheckpointError(
-                    f"{extent.path}: lm_head.weight differs from model.embed_tokens.weight, although "
-                    f"tie_word_embeddings=True."
-                )
+def _require_equal(embedding: Iterable[Tensor], extent: Extent) -> None:
+    """Require that a tied head which is stored is the embedding, whose numbers come as those of ``extent`` do."""
+    for part, stored in zip(embedding, _numbers(extent, "lm_head.weight"), strict=True):
+        if not torch.equal(stored.float(), part.float()):
+            raise CheckpointError(
+                f"{extent.path}: lm_head.weight differs from model.embed_tokens.weight, although "
+                f"tie_word_embeddings=True."
+            )

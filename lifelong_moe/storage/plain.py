@@ -5,9 +5,10 @@ Whoever wrote a stored file, its values have the types and the grammars of the f
 
 from __future__ import annotations
 
+import json
 import math
 import reprlib
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import MISSING, fields, is_dataclass
 from enum import StrEnum
 from functools import cache
@@ -100,7 +101,7 @@ def _built(hint: Any, value: Any) -> Any:
         return _one_of(get_args(hint), value)
     if origin is Literal:
         if not any(type(value) is type(one) and value == one for one in get_args(hint)):
-            raise _wrong(f"one of {', '.join(map(str, get_args(hint)))}", value)
+            raise _wrong(_choice(get_args(hint)), value)
         return value
     if origin is tuple:
         return _tuple(get_args(hint), value)
@@ -171,7 +172,7 @@ def _plain(hint: Any, value: Any) -> Any:
         return value
     if issubclass(hint, StrEnum):
         if not isinstance(value, str) or value not in list(hint):
-            raise _wrong(f"one of {', '.join(hint)}", value)
+            raise _wrong(_choice(hint), value)
         return hint(value)
     if is_dataclass(hint):
         # A dataclass that earlier versions wrote in another form reads that form itself.
@@ -196,9 +197,20 @@ def _typed_dict(hint: Any, values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _words(hint: Any) -> str:
-    return {int: "a whole number", str: "a text", bool: "true or false"}.get(hint, getattr(hint, "__name__", str(hint)))
+    words = {int: "a whole number", str: "a text", bool: "true or false", NoneType: "null"}
+    return words.get(hint, getattr(hint, "__name__", str(hint)))
+
+
+def _choice(values: Iterable[Any]) -> str:
+    named = [_as_json(one) or str(one) for one in values]
+    return named[0] if len(named) == 1 else f"one of {', '.join(named)}"
+
+
+def _as_json(value: Any) -> str | None:
+    """What a file calls otherwise than Python: ``null``, ``true`` and ``false``."""
+    return json.dumps(value) if value is None or isinstance(value, bool) else None
 
 
 def _wrong(words: str, value: Any) -> PlainError:
     # Shortened: a hostile file may hold anything, of any size.
-    return PlainError(f"must be {words}, not {reprlib.repr(redacted(value))}")
+    return PlainError(f"must be {words}, not {_as_json(value) or reprlib.repr(redacted(value))}")

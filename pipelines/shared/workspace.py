@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cache
+from pathlib import Path
 
 from lifelong_moe.config.load import LoadedConfig, written_config
 from lifelong_moe.config.references import stored_config
@@ -14,6 +16,9 @@ from lifelong_moe.config.training import TrainerConfig
 from lifelong_moe.data.tokens.prepare import PreparedData, prepare_data
 from lifelong_moe.data.tokens.records import Remembered
 from lifelong_moe.errors import DataError
+from lifelong_moe.interop.layout.folder import read_checkpoint
+from lifelong_moe.interop.layout.place import folder_of
+from lifelong_moe.interop.pretrained import require_sound
 from lifelong_moe.plan.disk import require_space, run_need, used_space
 from lifelong_moe.plan.key import SCHEMA
 from lifelong_moe.plan.memory import require_memory
@@ -76,12 +81,20 @@ def prepare(loaded: LoadedConfig, memory: dict[str, PreparedData] | None = None)
     # Only for its errors: a router class of the user's own that cannot be built is reported before data is read.
     build_router(config.routing, width=config.model.width, layer=0)
     head = RunRecord(ROOT, config.run).head()
+    if head is None and config.base.is_given:
+        _require_sound(folder_of(config.base), config.base.sha256)
     data = read_data(config, memory, remembered(head, written_config(loaded.raw)))
     plan = plan_stages(config, data.identity)
     check_clusters(plan, {name: record.documents for name, record in data.records.items()})
     check_shares(plan, config, data.corpora)
     require_text(plan, data, head)
     return Prepared(loaded, data, plan)
+
+
+@cache
+def _require_sound(folder: Path, sha256: str | None) -> None:
+    """Read a checkpoint's numbers before a new run writes anything; ``sha256`` tells checkpoints of one place apart."""
+    require_sound(read_checkpoint(folder))
 
 
 def require_text(plan: Sequence[PlannedStage], data: PreparedData, head: RunHead | None) -> None:

@@ -293,6 +293,21 @@ def test_what_does_not_go_with_a_checkpoint(lab: Path, change: list[str], messag
     assert caught.value.exit_code == 2 and not Path("mlruns").exists()
 
 
+def test_numbers_that_are_refused_are_found_before_anything_is_written(lab: Path) -> None:
+    write_checkpoint("olmoe")
+    config = write_config(config_of())
+    weights = load_file("ck/model.safetensors")
+    whole = weights["model.norm.weight"].clone()
+    weights["model.norm.weight"][0] = float("nan")
+    save_file(weights, "ck/model.safetensors")
+    for command in (lambda: train(config), lambda: plan(read_config(config, (), with_checkpoint), SafeConsole(io.StringIO()))):
+        with pytest.raises(LifelongError, match=r"model\.norm\.weight holds a number that is not finite") as caught:
+            command()
+        assert caught.value.exit_code == 2 and not Path("mlruns").exists() and not Path("data").exists()
+    save_file(weights | {"model.norm.weight": whole}, "ck/model.safetensors")
+    assert train(config)[0]["stages"]
+
+
 @pytest.mark.parametrize("value", ["x", "\x1b[31m", ["x"], 7, True, "${oc.env:ABSENT_HERE}", {"x": ["x"]}])
 def test_no_section_beside_a_checkpoint_ends_in_a_traceback(lab: Path, value: object) -> None:
     write_checkpoint("olmoe")

@@ -97,10 +97,10 @@ def test_frequencies_are_those_of_transformers(rope: dict[str, Any]) -> None:
     ("name", "change", "message"),
     [
         ("llama", {"model_type": "gpt2"}, "model_type=gpt2 is not supported; there are llama, mistral"),
-        ("llama", {"hidden_act": "gelu"}, "hidden_act: must be one of silu, not 'gelu'"),
-        ("llama", {"attention_bias": True}, "attention_bias: must be one of False, not True"),
-        ("llama", {"mlp_bias": True}, "mlp_bias: must be one of False, not True"),
-        ("llama", {"quantization_config": {"bits": 4}}, "quantization_config: .*'bits': 4"),
+        ("llama", {"hidden_act": "gelu"}, "hidden_act: must be one of silu, swish, not 'gelu'"),
+        ("llama", {"attention_bias": True}, "attention_bias: must be false, not true"),
+        ("llama", {"mlp_bias": True}, "mlp_bias: must be false, not true"),
+        ("llama", {"quantization_config": {"bits": 4}}, "quantization_config: must be null, not .*'bits': 4"),
         ("llama", {"auto_map": {"AutoModel": "own.Model"}}, "auto_map: .*own.Model"),
         ("llama", {"hidden_size": "24"}, "hidden_size: must be a whole number, not '24'"),
         ("llama", {"hidden_size": 10**9}, "model.width=1000000000 must be at most"),
@@ -119,7 +119,7 @@ def test_frequencies_are_those_of_transformers(rope: dict[str, Any]) -> None:
         ),
         ("olmoe", {"norm_topk_prob": 1}, "norm_topk_prob: must be true or false, not 1"),
         ("olmoe", {"num_experts_per_tok": 7}, "num_experts_per_tok: must be at most 6, not 7"),
-        ("mixtral", {"num_experts_per_tok": 1}, "routing.renormalize=true with routing.top_k=1"),
+        ("mixtral", {"num_experts_per_tok": 1}, "num_experts_per_tok: 1, and gates that sum to 1 are then all 1"),
         ("qwen3_moe", {"mlp_only_layers": [1]}, "mlp_only_layers: must be the lowest layers, not .1."),
     ],
 )

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from lifelong_moe.errors import LifelongError
 from lifelong_moe.interop.layout.folder import read_checkpoint
-from lifelong_moe.interop.pretrained import load_pretrained
+from lifelong_moe.interop.pretrained import load_pretrained, require_sound
 from lifelong_moe.model.tokens import TokenBatch
 from tests.checkpoints import CHECKPOINTS, CONTEXT, VOCAB, made
 
@@ -157,6 +157,42 @@ def test_the_other_tokens_that_end_a_text(tmp_path: Path, ends: Any, expected: l
     made("llama").save_pretrained(tmp_path)
     change_json(tmp_path / "config.json", lambda config: config | {"bos_token_id": 1, "eos_token_id": ends})
     assert read_checkpoint(tmp_path).family.ends == expected
+
+
+@pytest.mark.parametrize("fault", ["not finite", "a head that is not the embedding", "a shared expert"])
+def test_numbers_that_are_refused_are_found_without_a_model(tmp_path: Path, fault: str) -> None:
+    name = "qwen2_moe" if fault == "a shared expert" else "llama_tied"
+    theirs = made(name)
+    theirs.bfloat16().save_pretrained(tmp_path)
+    table = load_file(tmp_path / WEIGHTS)["model.embed_tokens.weight"]
+    if name == "llama_tied":  # of another kind, and the same numbers
+        change_tensors(tmp_path, lambda t: t | {"lm_head.weight": table.float()})
+    require_sound(read_checkpoint(tmp_path))
+    wrong = {
+        "not finite": {"model.norm.weight": torch.full((24,), float("inf"), dtype=torch.float16)},
+        "a head that is not the embedding": {"lm_head.weight": table.float() + 1e-3},
+        "a shared expert": {"model.layers.1.mlp.shared_expert.down_proj.weight": torch.ones(24, 32)},
+    }
+    change_tensors(tmp_path, lambda t: t | wrong[fault])
+    told = []
+    for reads in (require_sound, load_pretrained):
+        with pytest.raises(LifelongError) as caught:
+            reads(read_checkpoint(tmp_path))
+        told.append(str(caught.value))
+    assert told[0] == told[1]
+
+
+def test_a_file_where_a_folder_should_be_is_told_what_to_do(tmp_path: Path) -> None:
+    (tmp_path / "model.gguf").write_bytes(b"GGUF")
+    with pytest.raises(LifelongError, match=r"model\.gguf: a file; python -m pipelines\.convert makes a folder"):
+        read_checkpoint(tmp_path / "model.gguf")
+
+
+def test_both_names_of_the_activation_are_read(tmp_path: Path) -> None:
+    theirs = made("llama")
+    theirs.config.hidden_act = "swish"
+    theirs.save_pretrained(tmp_path)
+    torch.testing.assert_close(logits(tmp_path), logits_of(theirs), atol=1e-5, rtol=0)
 
 
 def test_a_shared_expert_that_does_something_is_refused(tmp_path: Path) -> None:
@@ -322,7 +358,7 @@ MEASURE = r"""
 import re, sys, torch
 from pathlib import Path
 from lifelong_moe.interop.layout.folder import read_checkpoint
-from lifelong_moe.interop.pretrained import load_pretrained
+from lifelong_moe.interop.pretrained import load_pretrained, require_sound
 torch.set_num_threads(1)
 load_pretrained(read_checkpoint(Path(sys.argv[1])))  # what a first call imports
 peak = lambda: int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1])

@@ -49,7 +49,8 @@ class Family:
     max_position_embeddings: int
     num_key_value_heads: int | None = None
     head_dim: int | None = None
-    hidden_act: Literal["silu"] = "silu"
+    hidden_act: Literal["silu", "swish"] = "silu"
+    """Two names of one function."""
     rms_norm_eps: float = 1e-6
     initializer_range: float = 0.02
     tie_word_embeddings: bool = False
@@ -220,6 +221,9 @@ class Mixture(Family):
         top_k = self.num_experts_per_tok
         if top_k > self.experts:
             raise PlainError(f"must be at most {self.experts}, not {top_k}", ".num_experts_per_tok")
+        if top_k == 1 and self.norm_topk_prob:
+            reason = "1, and gates that sum to 1 are then all 1, so the router gets no gradient; at least 2 are supported"
+            raise PlainError(reason, ".num_experts_per_tok")
         return LearnedConfig(top_k=top_k, renormalize=self.norm_topk_prob)
 
     def _experts(self) -> dict[str, Any]:

@@ -102,7 +102,11 @@ def read_checkpoint(path: Path) -> Checkpoint:
         DataError: A file is not JSON.
     """
     if not path.is_dir():
-        raise CheckpointError(f"{path}: no such folder; a checkpoint is a folder with {CONFIG} and {WEIGHTS}.")
+        raise CheckpointError(
+            f"{path}: a file; python -m pipelines.convert makes a folder of a GGUF file."
+            if path.is_file()
+            else f"{path}: no such folder; a checkpoint is a folder with {CONFIG} and {WEIGHTS}."
+        )
     config, vocabulary = _read_json(path / CONFIG), _vocabulary(path)
     family = read_family(_with_separator(_with_generation(config, path), vocabulary), str(path / CONFIG))
     if vocabulary is not None and vocabulary.size > family.vocab_size:

@@ -108,7 +108,7 @@ def test_what_is_no_head_or_one_of_a_later_version_is_said() -> None:
         ({"plan": [KEYS[0], "../" + KEYS[1]]}, r"plan\[1\]: must be 64 hexadecimal digits"),
         ({"plan": KEYS[:1]}, "names: 2 for the 1 stages"),
         ({"run": "x/../../evil"}, "run: must be a name"),
-        ({"seed": True}, "seed: must be a whole number, not True"),
+        ({"seed": True}, "seed: must be a whole number, not true"),
         ({"seed": 1e400}, "seed: must be a whole number"),
         ({"seed": 1 << 63}, "seed: must be a number of at most 64 bits"),
         ({"versions": [{}]}, r"versions\[0\]\.id: missing"),
