@@ -300,7 +300,8 @@ def test_numbers_that_are_refused_are_found_before_anything_is_written(lab: Path
     whole = weights["model.norm.weight"].clone()
     weights["model.norm.weight"][0] = float("nan")
     save_file(weights, "ck/model.safetensors")
-    for command in (lambda: train(config), lambda: plan(read_config(config, (), with_checkpoint), SafeConsole(io.StringIO()))):
+    quiet = SafeConsole(io.StringIO())
+    for command in (lambda: train(config), lambda: plan(read_config(config, (), with_checkpoint), quiet)):
         with pytest.raises(LifelongError, match=r"model\.norm\.weight holds a number that is not finite") as caught:
             command()
         assert caught.value.exit_code == 2 and not Path("mlruns").exists() and not Path("data").exists()

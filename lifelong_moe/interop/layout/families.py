@@ -222,7 +222,7 @@ class Mixture(Family):
         if top_k > self.experts:
             raise PlainError(f"must be at most {self.experts}, not {top_k}", ".num_experts_per_tok")
         if top_k == 1 and self.norm_topk_prob:
-            reason = "1, and gates that sum to 1 are then all 1, so the router gets no gradient; at least 2 are supported"
+            reason = "1, and gates that sum to 1 are then all 1: the router gets no gradient; at least 2 are needed"
             raise PlainError(reason, ".num_experts_per_tok")
         return LearnedConfig(top_k=top_k, renormalize=self.norm_topk_prob)
 
