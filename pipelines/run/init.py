@@ -95,6 +95,8 @@ def _folders(given: Sequence[str]) -> list[Path]:
     places = [one.resolve() for one in paths]
     for i, place in enumerate(places):
         for other in places[:i]:
+            if place == other:
+                raise ConfigError(f"FOLDER={paths[i]}: the same folder twice.")
             if place.is_relative_to(other) or other.is_relative_to(place):
                 # Text that is held out of the one would be trained on in the other.
                 raise ConfigError(f"FOLDER={paths[i]}: of {other} and {place} one is within the other.")

@@ -15,7 +15,7 @@ from omegaconf import OmegaConf
 from lifelong_moe.config.growth import ExpertInit
 from lifelong_moe.config.load import build_config, overridden, read_config, whole_config, written_config
 from lifelong_moe.config.routing.base import Level
-from lifelong_moe.config.run import Method, RunConfig
+from lifelong_moe.config.run import Method, RunConfig, StageConfig
 from lifelong_moe.config.sections import run_keys, suggestion
 from lifelong_moe.config.yaml_file import read_yaml
 from lifelong_moe.errors import ConfigError
@@ -655,3 +655,25 @@ def test_a_section_that_is_null_is_the_default_one(name: str, tmp_path: Path, mo
     default = whole_config(read_config("tiny.yaml").raw)
     write_config(config | {name: None})
     assert whole_config(read_config("tiny.yaml").raw) == default
+
+
+def test_a_default_that_no_stage_takes_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "own.yaml"
+
+    def stages(*overrides: str, **last: Any) -> list[StageConfig]:
+        both = [{"data": "fruit", "tokens": 1024}, {"data": "code", "optim": {"lr": 1e-3}} | last]
+        both[0]["optim"] = {"lr": 1e-3}
+        path.write_text(yaml.safe_dump(tiny_config() | {"stages": both}), encoding="utf-8")
+        return read_config(path, overrides).config.stages
+
+    with pytest.raises(ConfigError) as caught:
+        stages("stage_defaults.tokens=512", tokens=2048)
+    assert str(caught.value) == (
+        f"stage_defaults.tokens=512 changes nothing: each stage of {path} has a value of its own. Set "
+        f"stages[0].tokens, stages[1].tokens, or take them out of the file."
+    )
+    with pytest.raises(ConfigError, match=r"^stage_defaults\.optim\.lr=1e-4 changes nothing"):
+        stages("stage_defaults.optim.lr=1e-4")
+    # A section is merged with theirs, and one stage that takes a value is enough.
+    assert stages("stage_defaults.optim={lr: 1e-4, beta2: 0.9}")[1].optim.beta2 == 0.9
+    assert [stage.tokens for stage in stages("stage_defaults.tokens=512")] == [1024, 512]
