@@ -32,7 +32,13 @@ GLOSSARY: Mapping[str, str] = {
         "loss on held-out text over the bytes of that text, so that tokenizers compare. Lower is better; differences "
         "below 0.01 are noise."
     ),
-    "forgetting": "how much the held-out loss of a text has risen since the last stage that learned it.",
+    "forgetting": (
+        "how much the held-out loss of a text has risen since the last stage that learned it; in brackets, by how many "
+        "per cent perplexity per token has."
+    ),
+    "forward transfer": (
+        "how much better than the untrained model later texts are predicted just before they are learned, in the mean."
+    ),
     "plasticity gap": (
         "how much worse a stage learns its own text than a run that may forget everything (method=sequential or "
         "unrestrained)."
@@ -40,13 +46,21 @@ GLOSSARY: Mapping[str, str] = {
     "generation": (
         "what one stage adds to the model: experts, router rows, low-rank changes. Older generations stay as they are."
     ),
+    "generations a token": (
+        "how many generations read a token, in the mean over texts and of the text with the most: what reading costs "
+        "beside a model of one generation."
+    ),
+    "unused expert": (
+        "one that next to no token of any text reaches, as after a short training. It costs parameters and no time; a "
+        "balance loss (routing.balance_loss) spreads tokens more evenly."
+    ),
     "router leak": (
         "share of an old text's tokens that go to experts born after it was learned. It harms only if that text lost, "
         "too. Then keep generations apart (routing.bundles=cluster trunk.train=deltas), let the router review "
         "old text (review.fraction), or replay more (replay.fraction)."
     ),
 }
-"""The words that a verdict uses."""
+"""The words of a verdict and of the table above it."""
 
 
 @dataclass(frozen=True)

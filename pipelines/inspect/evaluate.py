@@ -59,7 +59,7 @@ def evaluate_text(
     # A number per layer and expert: `inspect` shows it by name.
     del result["expert_counts"]
     console.print(
-        f"{committed.name} on {data}: {result['nats_per_token']:.4f} nats/token, {result['bits_per_byte']:.4f} "
+        f"stage {committed.name} on {data}: {result['nats_per_token']:.4f} nats/token, {result['bits_per_byte']:.4f} "
         f"bits/byte ({result['documents']:,} documents, {result['tokens']:,} tokens, {result['bytes']:,} bytes)"
     )
     return {"run": run, "stage": committed.name, "key": committed.key, "data": data, **result}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from operator import and_
 from pathlib import Path
 from typing import Any
@@ -116,8 +116,13 @@ def on_heldout(
         windows, tokenizer, mode = heldout_windows(head, config, committed, tokens)
         if missing := [name for name in config.evaluated if name not in windows]:
             console.print(f"not measured, because the held-out text is gone: {', '.join(missing)}")
-        status.update("running the model on it")
-        result, observed = _measure(store, committed, config, windows, tokenizer)
+        chain = store.chain(committed.key)
+
+        def told(reading: int) -> None:
+            # The last stage reads all of it twice more.
+            status.update(f"running the model on it, reading {reading} of {len(chain) + 2}")
+
+        result, observed = _measure(store, chain, config, windows, tokenizer, told)
     result = {"run": run, "stage": committed.name, "key": committed.key, **result}
     result = _keep(record, head, config, result, tokens, mode, console)
     inspect_tables.heldout(console, result)
@@ -238,16 +243,26 @@ def _loaded(store: StageStore, trainer: TrainerConfig, stage: CommittedStage) ->
 
 
 def _measure(
-    store: StageStore, committed: CommittedStage, config: RunConfig, windows: Windows, tokenizer: Tokenizer
+    store: StageStore,
+    chain: Sequence[CommittedStage],
+    config: RunConfig,
+    windows: Windows,
+    tokenizer: Tokenizer,
+    told: Callable[[int], None],
 ) -> tuple[Mapping[str, Any], dict[str, Observation]]:
-    """Observe the stage and its ancestors on the same text."""
-    chain = store.chain(committed.key)
+    """Observe the last stage of a chain and its ancestors on the same text; ``told`` hears which reading it is."""
     # One model at a time: only what was observed is kept of the earlier stages.
     load = functools.partial(_loaded, store, config.trainer)
-    earlier = {one.name: _observe_all(load(one), windows) for one in chain[:-1]}
-    model = load(committed)
+    earlier = {}
+    for reading, one in enumerate(chain[:-1], 1):
+        told(reading)
+        earlier[one.name] = _observe_all(load(one), windows)
+    model = load(chain[-1])
+    told(len(chain))
     observed = _observe_all(model, windows)
+    told(len(chain) + 1)
     losses = _losses(model, windows)
+    told(len(chain) + 2)
     # The same weights with the experts of each layer permuted: what the choice of expert is worth, in nats.
     with shuffled_experts(model):
         shuffled = _losses(model, windows)

@@ -64,7 +64,7 @@ def heldout(console: Console, result: Mapping[str, Any]) -> None:
 
 
 def _layers(result: Mapping[str, Any]) -> Table:
-    headers = ("experts", "with token", "shuffled", "with distribution", "shuffled", "mean cosine", "dead")
+    headers = ("experts", "with token", "shuffled", "with distribution", "shuffled", "mean cosine", "unused")
     title = f"{result['run']}, stage {result['stage']}: mutual information of experts, in nats"
     table = _table(title, "layer", *headers)
     for layer in result["layers"]:

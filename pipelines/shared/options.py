@@ -196,7 +196,9 @@ def _explain(asked: bool) -> None:
 
 Glossary = Annotated[
     bool,
-    typer.Option("--glossary", help="Only explain the words of a verdict.", is_eager=True, callback=_explain),
+    typer.Option(
+        "--glossary", help="Only explain the words of the tables and of the verdict.", is_eager=True, callback=_explain
+    ),
 ]
 
 

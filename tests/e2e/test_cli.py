@@ -200,7 +200,7 @@ def test_report_of_two_runs(trained: Path, cli: Cli) -> None:
 
 def test_the_words_of_a_verdict_on_demand(lab: Path, cli: Cli) -> None:
     told = cli("report", "--glossary")
-    assert told.code == 0 and len(told.out.splitlines()) == 5 and "forgetting: " in told.out
+    assert told.code == 0 and len(told.out.splitlines()) == 8 and "forgetting: " in told.out
     assert "routing.bundles=cluster" in told.out.splitlines()[-1]  # a leak, and what to do about it
 
 
