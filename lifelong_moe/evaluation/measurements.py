@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from typing import Any, Literal
 
@@ -23,7 +23,7 @@ from lifelong_moe.data.tokens.shards import TokenShard, tokenize_documents
 from lifelong_moe.data.tokens.windows import EvaluationSet, evaluation_windows, first_documents
 from lifelong_moe.evaluation.documents import measure_documents
 from lifelong_moe.evaluation.loss import EVALUATION_SCHEMA, Evaluation, evaluate, per_token_of
-from lifelong_moe.evaluation.readings import Reading, Readings, reader_hashes
+from lifelong_moe.evaluation.readings import KeptReadings, Reading, Readings, reader_hashes
 from lifelong_moe.evaluation.spread import spread_shard
 from lifelong_moe.model.transformer import LanguageModel
 from lifelong_moe.plan.architecture import Architecture
@@ -113,6 +113,7 @@ class Measurements:
     """Of the model of a key; what is stored of a model with other experts is not believed."""
     cache: ReadingCache
     """What generations of mixtures said of held-out text."""
+    kept: KeptReadings = field(default_factory=KeptReadings)
 
     def measurable(self, without: Collection[str] = ()) -> list[str]:
         """Distributions with held-out text, in the run's order, except ``without``."""
@@ -197,7 +198,8 @@ class Measurements:
         self, model: LanguageModel, readers: list[str], name: str, windows: EvaluationSet
     ) -> Evaluation:
         """Let only those generations read of which it is not known what they say of the text."""
-        key, known = self.key(name), dict[int, Reading]()
+        key = self.key(name)
+        known = self.kept.of(key, readers)
         # A mixture of the first n of these generations: what it heard of each, the one with one more needs to hear.
         for number in range(len(readers), 0, -1):
             if not (missing := set(range(number)) - known.keys()):
@@ -206,9 +208,10 @@ class Measurements:
         readings = Readings(windows, model.architecture, known)
         tokens = self.config.evaluate.batch_tokens
         found = evaluate(model, windows, distribution=name, batch_tokens=tokens, readings=readings)
-        made = [reading.tensors(generation) for generation, reading in readings.made().items()]
-        if made:
-            self.cache.add(key, readers, {name: tensor for one in made for name, tensor in one.items()})
+        if made := readings.made():
+            each = [reading.tensors(generation) for generation, reading in made.items()]
+            self.cache.add(key, readers, {name: tensor for one in each for name, tensor in one.items()})
+        self.kept.keep(key, readers, known | made)
         return found
 
     def losses(self, model: str, distribution: str, *, shuffled: bool = False) -> DocumentLosses:

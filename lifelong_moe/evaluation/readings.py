@@ -25,6 +25,9 @@ from lifelong_moe.model.transformer import LanguageModel, ModelOutput
 from lifelong_moe.plan.architecture import Architecture
 from lifelong_moe.storage.keys import content_key
 
+KEPT_BYTES = 256 << 20
+"""Of readings that a process keeps."""
+
 
 @dataclass(frozen=True)
 class Reading:
@@ -36,6 +39,11 @@ class Reading:
     """What each target cost, float32 ``(N,)``."""
     experts_NK: list[Tensor]
     """Experts that each token used, int16 ``(N, K)``; -1 for none. One tensor for each layer."""
+
+    @property
+    def num_bytes(self) -> int:
+        """Of memory."""
+        return sum(one.nbytes for one in (self.places_N, self.nats_N, *self.experts_NK))
 
     @classmethod
     def joined(cls, parts: Sequence[Reading]) -> Reading:
@@ -86,6 +94,32 @@ def _padded(parts: Sequence[Tensor]) -> list[Tensor]:
     """Experts of tokens, as wide as the widest: a layer of few experts has fewer than a token uses, until it grows."""
     widest = max(ids_NK.shape[1] for ids_NK in parts)
     return [F.pad(ids_NK, (0, widest - ids_NK.shape[1]), value=-1) for ids_NK in parts]
+
+
+class KeptReadings:
+    """What this process knows of readings, so that a run's next stage opens no file for what the one before knew.
+
+    Args:
+        most_bytes: Further readings are not kept; they are in files all the same.
+    """
+
+    def __init__(self, most_bytes: int = KEPT_BYTES) -> None:
+        self._left = most_bytes
+        self._kept: dict[tuple[str, str], Reading] = {}
+
+    def of(self, text: str, readers: Sequence[str]) -> dict[int, Reading]:
+        """By generation, given the key of a text and the hashes of a model's generations."""
+        each = {generation: self._kept.get((text, reader)) for generation, reader in enumerate(readers)}
+        return {generation: one for generation, one in each.items() if one is not None}
+
+    def keep(self, text: str, readers: Sequence[str], readings: Mapping[int, Reading]) -> None:
+        """Keep readings by generation, each in place of what was known of it."""
+        for generation, one in readings.items():
+            before = self._kept.pop((text, readers[generation]), None)
+            self._left += 0 if before is None else before.num_bytes
+            if one.num_bytes <= self._left:
+                self._kept[text, readers[generation]] = one
+                self._left -= one.num_bytes
 
 
 class Readings:

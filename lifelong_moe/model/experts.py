@@ -353,9 +353,12 @@ class ExpertBanks(nn.Module):
 
     def _in_slices(self, rows_ND: Tensor, counts: list[int]) -> Tensor:
         """Generations in turn: adjacent ones of whole experts at once, each one of low-rank experts by itself."""
-        each = ((one, counts[one.here.start : one.here.stop]) for one in self.born if len(one))
+        each, with_gradient = (
+            ((one, counts[one.here.start : one.here.stop]) for one in self.born),
+            torch.is_grad_enabled(),
+        )
         # Without rows only what trains is asked, for its gradient of zero: old generations cost nothing here.
-        asked = [(one, here) for one, here in each if any(here) or (torch.is_grad_enabled() and one.trains)]
+        asked = [(one, here) for one, here in each if any(here) or (with_gradient and len(one) and one.trains)]
         runs: list[list[tuple[ExpertGeneration, list[int]]]] = []
         for is_whole, members in groupby(asked, lambda pair: isinstance(pair[0], WholeExperts)):
             run = [*members]

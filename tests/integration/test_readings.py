@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import save_file
 
 from lifelong_moe.evaluation import reading
+from lifelong_moe.evaluation.readings import KeptReadings
 from lifelong_moe.store.readings import ReadingCache
 from tests.tiny import CONTEXT, SEQUENCES, tiny_config, train, write_config, write_corpora
 
@@ -49,10 +50,33 @@ def test_old_generations_read_no_text_again(lab: Path, monkeypatch: pytest.Monke
     assert {pair for pair in seen if pair[0] == 3} == {(3, 2)}  # of three generations the newest alone
     assert len(list(Path("data/cache/readings").iterdir())) == 2 * 3  # two mixtures, three distributions
     shutil.rmtree("mlruns")
+    monkeypatch.setattr(KeptReadings, "of", lambda *_: {})
     monkeypatch.setattr(ReadingCache, "find", lambda *_: None)
     expected, _ = train()
     for stage, other in zip(report["loss_nats_per_token"], expected["loss_nats_per_token"], strict=True):
         assert stage == pytest.approx(other, rel=1e-6)
+
+
+def test_what_a_run_knows_it_reads_from_no_file(lab: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found, find = list[bool](), ReadingCache.find
+
+    def noted(*args: Any) -> Any:
+        result = find(*args)
+        found.append(result is not None)
+        return result
+
+    monkeypatch.setattr(ReadingCache, "find", noted)
+    report, _ = train()
+    assert found and not any(found)  # what is asked for is what nobody has measured
+    # A process for each stage has only the files, and finds the same numbers to the last bit.
+    shutil.rmtree("mlruns")
+    shutil.rmtree("data/cache/readings")
+    monkeypatch.setattr(KeptReadings, "of", lambda *_: {})
+    found.clear()
+    again, _ = train()
+    assert found.count(True) == 3  # the third stage opens what the second left, for each distribution
+    for name in ("loss_nats_per_token", "expert_counts", "mixture"):
+        assert again[name] == report[name]
 
 
 def test_a_cache_that_a_crash_has_damaged_is_made_again(tmp_path: Path) -> None:

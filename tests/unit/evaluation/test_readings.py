@@ -17,7 +17,7 @@ from lifelong_moe.data.tokens.shards import TokenShard
 from lifelong_moe.data.tokens.windows import EvaluationSet, evaluation_windows
 from lifelong_moe.evaluation import reading
 from lifelong_moe.evaluation.loss import Evaluation, evaluate
-from lifelong_moe.evaluation.readings import Reading, Readings, reader_hashes
+from lifelong_moe.evaluation.readings import KeptReadings, Reading, Readings, reader_hashes
 from lifelong_moe.model.head import LinearHead
 from lifelong_moe.model.transformer import LanguageModel
 from lifelong_moe.plan.architecture import Generation
@@ -177,6 +177,22 @@ def test_readings_go_through_a_file(
     for damaged in (whole[:100], save({"places.0": torch.zeros(0)}).replace(b'"F32"', b'"F4" ')):  # no type of torch's
         path.write_bytes(damaged)
         assert cache.find("ab" * 32, readers[:2], dict) is None
+
+
+def test_a_process_keeps_readings_as_long_as_there_is_room() -> None:
+    def of(value: float, rows: int = 1) -> Reading:
+        return Reading(torch.arange(rows), torch.full((rows,), float(value)), [torch.zeros(rows, 2, dtype=torch.int16)])
+
+    assert of(0).num_bytes == 8 + 4 + 4
+    kept = KeptReadings(most_bytes=2 * 16)
+    kept.keep("text", ["a", "b"], {0: of(1), 1: of(2)})
+    assert {g: float(one.nats_N) for g, one in kept.of("text", ["a", "b", "c"]).items()} == {0: 1, 1: 2}
+    assert not kept.of("other", ["a", "b"]) and [*kept.of("text", ["x", "b"])] == [1]  # of another text; by its hash
+    kept.keep("text", ["a", "b", "c"], {2: of(3)})  # one too many
+    kept.keep("text", ["a"], {0: of(4)})  # in place of what was known
+    assert {g: float(one.nats_N) for g, one in kept.of("text", ["a", "b", "c"]).items()} == {0: 4, 1: 2}
+    kept.keep("text", ["a"], {0: of(5, rows=2)})  # no room: what was known before would be too short
+    assert [*kept.of("text", ["a", "b"])] == [1]
 
 
 def test_where_no_cache_can_be_written_measuring_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
