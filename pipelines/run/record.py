@@ -59,6 +59,8 @@ class MlflowRecord:
     ) -> None:
         self.tracker, self.prepared, self.opened, self.content = tracker, prepared, opened, content
         self.compared = compared
+        self._known: dict[tuple[str, str], Mapping[str, float]] = {}
+        """What MLflow has of a stage, by its run and the stage, as read or written last; of this stage and the last."""
         self._open: str | None = None
         self._tokens = 0
         """Trained on in all stages before the one that is trained now."""
@@ -179,14 +181,13 @@ class MlflowRecord:
         own, so_far = report.stages[index], report.stages[: index + 1]
         # The run's alone: a stage's page begins with its curves, and copies of these points would stand before them.
         before = self._logged(report.stages[index - 1].key) if index else {}
-        self._log(planned, [self.told.run], summary_rows(report, before))
-        self._log(planned, [self.told.run], cost_rows(so_far, index), "run/")
+        self._log(planned, self.told.run, {"": summary_rows(report, before), "run/": cost_rows(so_far, index)})
         self._tokens = sum(stage.tokens for stage in so_far)
         final = own.training.get("final", {}).get("train/loss")
         if shared and final is not None:
             # Its curve stands in the other run; here at least where it ended, so that later stages go on from there.
-            self._log(planned, [self.told.run], [row("train_over_tokens", final, self._tokens)])
-        self._log(planned, [run_id], usage_rows(own.tokens, own.active_flops, own.seconds, index, own.training))
+            self._log(planned, self.told.run, {"": [row("train_over_tokens", final, self._tokens)]})
+        self._log(planned, run_id, {"": usage_rows(own.tokens, own.active_flops, own.seconds, index, own.training)})
         self.tracker.set_note(run_id, note)
         config = self.prepared.config
         tags = {
@@ -203,6 +204,7 @@ class MlflowRecord:
             self.tracker.register_version(model, run_id=run_id, tags=tags, description=note)
         self.tracker.finish(run_id)
         self._open = None
+        self._known = {of: points for of, points in self._known.items() if of[1] == planned.key}
 
     def _origin(self, stage: str) -> str:
         """Markdown that names the run which trained a stage, with a link to the page that has its curves."""
@@ -229,36 +231,46 @@ class MlflowRecord:
             self.stage_begins(planned, adds=True)
         run_id = self.told.stages.get(planned.key)
         losses = [row("from_scratch", found.bits_per_byte, 0, name) for name, found in own.items()]
-        self._log(planned, [self.told.run], losses)
-        self._log(
-            planned, [run_id], usage_rows(planned.tokens, planned.flops, stage.metrics["seconds"], 0, stage.metrics)
-        )
+        self._log(planned, self.told.run, {"": losses})
+        used = usage_rows(planned.tokens, planned.flops, stage.metrics["seconds"], 0, stage.metrics)
+        self._log(planned, run_id, {"": used})
         self.tracker.finish(run_id)
         self._open = None
 
-    def _log(self, planned: PlannedStage, targets: list[str | None], rows: list[Row], place: str = "") -> None:
-        """Log the points that MLflow does not have yet; ``place`` tells the run's from the stage's own of one name."""
+    def _log(self, planned: PlannedStage, target: str | None, rows: Mapping[str, list[Row]]) -> None:
+        """Log the points that MLflow does not have yet.
+
+        Args:
+            planned: The stage that they are of.
+            target: MLflow's run that gets them.
+            rows: By what is put before their names where they are noted, which tells the run's from the stage's own.
+        """
         if self.told.run is None:
             return
         logged = self._logged(planned.key)
         # MLflow keeps every point, so one logged again would appear twice in its charts.
-        new = [row for row in rows if logged.get(place + row[0]) != row[1]]
-        for target in targets:
-            self.tracker.log_metrics(target, new)
+        new = {
+            place + one[0]: one for place, each in rows.items() for one in each if logged.get(place + one[0]) != one[1]
+        }
+        self.tracker.log_metrics(target, new.values())
         if new and self.tracker.active:
-            now = {**logged, **{place + key: value for key, value, _ in new}}
+            now = {**logged, **{name: value for name, (_, value, _) in new.items()}}
             write_logged(self._noted, LoggedMetrics(self.told.run, planned.key, now))
+            self._known[self.told.run, planned.key] = now
 
     @property
     def _noted(self) -> Path:
         return self.opened.record.path / "logged"
 
-    def _logged(self, stage: str) -> dict[str, float]:
+    def _logged(self, stage: str) -> Mapping[str, float]:
         """The points that MLflow has of a stage."""
         if self.told.run is None:
             return {}
-        # Those that an earlier version noted in the head stay there, and are logged no second time either.
-        return {**self.told.logged.get(stage, {}), **read_logged(self._noted, self.told.run, stage)}
+        of = self.told.run, stage
+        if of not in self._known:
+            # Those that an earlier version noted in the head stay there, and are logged no second time either.
+            self._known[of] = {**self.told.logged.get(stage, {}), **read_logged(self._noted, *of)}
+        return self._known[of]
 
     def run_done(self, report: Report, console: Console) -> None:
         """Write pictures and report to the run's folder, log them and the parent's note, and finish it."""
