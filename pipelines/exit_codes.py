@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+OF_EXPORT = ". Or an export does not compute what the model does, and was removed"
+"""What 7 also means, for `export` alone."""
 MEANINGS = {
     0: "done, or nothing to do",
     # Python's own code after an uncaught exception.
@@ -14,8 +16,7 @@ MEANINGS = {
     "expired, or it allows what the configuration does not",
     6: "training diverged: it was rolled back twice and failed again; the stage was not committed",
     7: "the store is damaged or not one of ours: a file no longer matches its hash or a trusted signature, says "
-    "what no such file says, or is a link; the line names it. Or an export does not compute what the model does, and "
-    "was removed",
+    "what no such file says, or is a link; the line names it" + OF_EXPORT,
     8: "not enough disk or memory; committed stages are intact",
     # EX_TEMPFAIL of sysexits.h: schedulers and mailers know it as "retry".
     75: "try again later: another process holds the lock, a server cannot be reached, or SIGTERM arrived (training has "
@@ -57,4 +58,7 @@ def epilog(command: str) -> str:
     """A line for each exit code of a command's own."""
     # A blank line between codes: Typer joins lines that a single line break separates. Backticks are Markdown for
     # docs/commands.md, and a terminal would show them.
-    return "\n\n".join(f"Exit code {code}: {MEANINGS[code].replace('`', '')}." for code in BESIDES[command])
+    said = {
+        code: MEANINGS[code] if command == "export" else MEANINGS[code].removesuffix(OF_EXPORT) for code in MEANINGS
+    }
+    return "\n\n".join(f"Exit code {code}: {said[code].replace('`', '')}." for code in BESIDES[command])

@@ -46,7 +46,9 @@ def read_yaml(path: Path, *, is_base: bool = False) -> DictConfig:
     path = Path("/dev/stdin") if str(path) == "-" else path
     # Not `is_file`, which a pipe such as <(sed …) is not.
     if path.is_dir() or not path.exists():
-        near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.yaml")], n=1)
+        names = [p.name for p in path.parent.glob("*.yaml")]
+        own = f"{path.name}.yaml"
+        near = [own] if own in names else difflib.get_close_matches(path.name, names, n=1)
         # Where ours stand; who types the name of a run means its file.
         there = [path.parent / near[0]] if near else [*Path("configs").glob(f"{glob.escape(path.stem)}.yaml")]
         hint = f" Did you mean {there[0]}?" if there else ""

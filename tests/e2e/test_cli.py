@@ -69,6 +69,7 @@ def test_help_of_every_command(cli: Cli) -> None:
     ("arguments", "message"),
     [
         (("run", "nosuch.yaml"), "ConfigError: nosuch.yaml: no such file."),
+        (("run", "tiny"), "ConfigError: tiny: no such file. Did you mean tiny.yaml?"),
         (("run", "tini.yaml"), "ConfigError: tini.yaml: no such file. Did you mean tiny.yaml?"),
         (("plan", "tiny.yaml", "modle.width=64"), "ConfigError: key modle is unknown. Did you mean model?"),
         (("run", "tiny.yaml", "model.widht=64"), "ConfigError: model.widht: "),

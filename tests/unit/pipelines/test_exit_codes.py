@@ -15,7 +15,7 @@ import pytest
 from lifelong_moe import errors
 from lifelong_moe.training.callbacks.interrupt import EXIT_CODES as ON_SIGNALS
 from pipelines.cli import app
-from pipelines.exit_codes import BESIDES, MEANINGS, OF_ALL, OUTCOMES
+from pipelines.exit_codes import BESIDES, MEANINGS, OF_ALL, OUTCOMES, epilog
 
 ROOT = Path(__file__).parents[3]
 ERRORS = {
@@ -174,3 +174,9 @@ def test_the_page_on_scheduling_names_the_codes_of_a_tick() -> None:
     page = (ROOT / "docs/scheduling.md").read_text(encoding="utf-8")
     rows = {int(code) for code in re.findall(r"^\| (\d+) \|", page, flags=re.MULTILINE)}
     assert rows == {0, 2, 8, *BESIDES["retrain"]}
+
+
+def test_what_a_code_means_for_one_command_is_said_by_that_one() -> None:
+    about_export = [command for command in BESIDES if "an export does not" in epilog(command)]
+    assert about_export == ["export"] and "an export does not" in MEANINGS[7]
+    assert epilog("init").endswith("the line names it.")
