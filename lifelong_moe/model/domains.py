@@ -1,14 +1,19 @@
 """Decide the domain of each chunk of a document from the preceding text only.
 
 With bundles a domain is a generation, whose experts and deltas the chunk uses. Whatever reads text asks
-:func:`shard_domain_ids`; a kind of clusters decides in :meth:`DocumentClusters.nearest`.
+:func:`shard_domain_ids`, and training, which reads whole corpora again and again, :class:`CorpusDomains`; a kind of
+clusters decides in :meth:`DocumentClusters.nearest`.
 
 Legend: N tokens of one document, C chunks of a batch, V vocabulary, F feature width, G centroids of a generation.
 """
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
+from functools import cached_property
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,6 +21,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from lifelong_moe.clustering.batches import batches
+from lifelong_moe.clustering.chunks import ChunkDomains, DomainFile, chunk_begins, domain_dtype
 from lifelong_moe.clustering.documents import num_chunks, prefix_features
 from lifelong_moe.clustering.kmeans import assign
 from lifelong_moe.clustering.unigrams import hashed_domains, prefix_generations
@@ -23,9 +29,13 @@ from lifelong_moe.config.routing.base import Centroids
 from lifelong_moe.config.routing.shared import TextClusterConfig
 from lifelong_moe.data.tokens.shards import ShardDocuments, TokenShard
 from lifelong_moe.plan.architecture import Architecture
+from lifelong_moe.storage.keys import content_key
 
 BATCH_TOKENS = 2**16
 """Tokens whose prefixes are held at a time: at one token a chunk, as many rows of float64 ``(F,)``."""
+ASSIGNMENT_VERSION = 1
+"""To be counted up when :meth:`DocumentClusters.nearest` decides otherwise: what earlier versions kept is then not
+found."""
 
 
 class DocumentClusters(nn.Module):
@@ -70,21 +80,53 @@ class DocumentClusters(nn.Module):
         Yields:
             int64, document after document; a document's domains do not depend on the others in its batch.
         """
-        chunk, fitted = self.routing.chunk_tokens, [c.cpu().numpy() for c in self.centroids()]
-        for batch in batches(documents, enough_tokens=BATCH_TOKENS):
+        chunk = self.routing.chunk_tokens
+        for batch, domains_C in self._chunk_batches(documents):
             chunks_N = num_chunks(batch, chunk)
-            if self.routing.centroids == Centroids.random:
-                domains_C = np.concatenate([hashed_domains(one, self.num_domains(), chunk) for one in batch])
-            elif fitted:
-                domains_C = self.nearest(batch, fitted)
-            else:
-                domains_C = np.zeros(int(chunks_N.sum()), np.int64)
             # Every chunk has the same length but the last of a document.
             lengths_C = np.full(len(domains_C), chunk)
             lengths_N, ends_N = np.array([len(one) for one in batch]), np.cumsum(chunks_N)
             last_N = lengths_N > 0  # an empty document has no last chunk
             lengths_C[ends_N[last_N] - 1] = (lengths_N - (chunks_N - 1) * chunk)[last_N]
             yield np.repeat(domains_C, lengths_C)
+
+    def chunk_batches(self, documents: Iterable[NDArray[np.integer]]) -> Iterator[NDArray[np.int64]]:
+        """As :meth:`domain_id_batches`, the domain of each chunk in place of each token."""
+        return (domains_C for _, domains_C in self._chunk_batches(documents))
+
+    def _chunk_batches(
+        self, documents: Iterable[NDArray[np.integer]]
+    ) -> Iterator[tuple[list[NDArray[np.integer]], NDArray[np.int64]]]:
+        """Some documents, and the domain of each of their chunks."""
+        chunk, fitted = self.routing.chunk_tokens, [c.cpu().numpy() for c in self.centroids()]
+        for batch in batches(documents, enough_tokens=BATCH_TOKENS):
+            if self.routing.centroids == Centroids.random:
+                domains_C = np.concatenate([hashed_domains(one, self.num_domains(), chunk) for one in batch])
+            elif fitted:
+                domains_C = self.nearest(batch, fitted)
+            else:
+                domains_C = np.zeros(int(num_chunks(batch, chunk).sum()), np.int64)
+            yield batch, domains_C
+
+    def chosen_among(self) -> int:
+        """Domains that a chunk may be assigned to now: the numbers are below it."""
+        return self.num_domains() if self.routing.centroids == Centroids.random else self.num_fitted()
+
+    def decided_by(self) -> dict[str, Any]:
+        """All that decides the domains of a text, as plain JSON data; large arrays by their hash."""
+        routing = self.routing
+        return {
+            "version": ASSIGNMENT_VERSION,
+            "kind": type(self).__name__,
+            "chunk_tokens": routing.chunk_tokens,
+            "domains": self.chosen_among(),
+            "random": routing.centroids == Centroids.random,
+            "centroids": [_array_key(centroids) for centroids in self.centroids()],
+        }
+
+    def num_fitted(self) -> int:
+        """Domains of the generations whose centroids are fitted."""
+        raise TypeError(f"{type(self).__name__} must implement num_fitted()")
 
     def num_domains(self) -> int:
         """Domains over all generations, fitted or not."""
@@ -113,6 +155,14 @@ class TfidfClusters(DocumentClusters):
         """One a centroid."""
         return sum(len(c) for c in self.all_centroids())
 
+    def num_fitted(self) -> int:
+        """One a centroid."""
+        return sum(len(c) for c in self.centroids())
+
+    def decided_by(self) -> dict[str, Any]:
+        """Also the projection."""
+        return {**super().decided_by(), "projection": _array_key(self.projection)}
+
     def nearest(self, documents: list[NDArray[np.integer]], centroids: list[NDArray[np.float32]]) -> NDArray[np.int64]:
         """The centroid nearest in angle."""
         # A chunk that no text precedes has features of zero, which go to the first centroid.
@@ -134,9 +184,23 @@ class GenerationClusters(DocumentClusters):
         """One a generation."""
         return self.generations
 
+    def num_fitted(self) -> int:
+        """One a generation."""
+        return len(self.centroids())
+
+    def decided_by(self) -> dict[str, Any]:
+        """Also the margin."""
+        return {**super().decided_by(), "margin": self.routing.margin}
+
     def nearest(self, documents: list[NDArray[np.integer]], centroids: list[NDArray[np.float32]]) -> NDArray[np.int64]:
         """The generation under which the preceding tokens are most probable."""
         return prefix_generations(documents, centroids, self.routing.chunk_tokens, self.routing.margin)
+
+
+def _array_key(tensor: Tensor) -> str:
+    """Hash of a tensor's shape, type and numbers."""
+    array = tensor.cpu().contiguous().numpy()
+    return hashlib.sha256(f"{array.shape} {array.dtype.str}\n".encode() + array.tobytes()).hexdigest()
 
 
 def build_document_clusters(architecture: Architecture) -> DocumentClusters | None:
@@ -175,3 +239,58 @@ def shard_domain_ids(
     if architecture.routing.by_label:
         return np.full(shard.num_tokens, label_domain(architecture, distribution), dtype=np.int64)
     return None
+
+
+class CorpusDomains:
+    """Domains of whole corpora by one model, whose centroids stay as they are meanwhile.
+
+    What clusters decide is kept in a file beside the tokens, found again by tokens and centroids, and mapped: a resume,
+    another phase, a teacher with the same centroids and another arm read it. The numbers are those of
+    :func:`shard_domain_ids`, bit for bit.
+
+    Args:
+        architecture: Of the model.
+        clusters: The model's, from :func:`build_document_clusters`.
+    """
+
+    def __init__(self, architecture: Architecture, clusters: DocumentClusters | None) -> None:
+        self._architecture, self._clusters = architecture, clusters
+
+    def of(self, shard: TokenShard, distribution: str | None) -> NDArray[np.integer] | ChunkDomains | None:
+        """Domain of each token, ``(num_tokens,)``; None if routing has no domains; arguments as of the function."""
+        clusters = self._clusters
+        if clusters is None:
+            if not self._architecture.routing.by_label:
+                return None
+            return same_domain(label_domain(self._architecture, distribution), shard.num_tokens)
+        chunk, domains = clusters.routing.chunk_tokens, clusters.chosen_among()
+        chunks = int(chunk_begins(shard.offsets, chunk)[-1])
+        # Where there is one domain, nothing is decided and nothing is kept.
+        if domains <= 1:
+            return ChunkDomains(shard.offsets, chunk, same_domain(0, chunks))
+        if (files := shard.kept_in) is not None:
+            key = content_key({"tokens": files.key, "decided_by": self._decided_by})
+            kept = DomainFile(files.folder, key, chunks, domains)
+            if (ids_C := kept.find()) is None:
+                # A cache that cannot be written to, or not read again, is done without.
+                with suppress(OSError):
+                    kept.write(clusters.chunk_batches(ShardDocuments([shard])))
+                    ids_C = kept.find()
+            if ids_C is not None:
+                return ChunkDomains(shard.offsets, chunk, ids_C, file=kept)
+        ids_C, filled = np.empty(chunks, domain_dtype(domains)), 0
+        for batch in clusters.chunk_batches(ShardDocuments([shard])):
+            ids_C[filled : filled + len(batch)] = batch
+            filled += len(batch)
+        return ChunkDomains(shard.offsets, chunk, ids_C)
+
+    @cached_property
+    def _decided_by(self) -> dict[str, Any]:
+        # Once for all corpora: the centroids of a hundred generations are as large as many a corpus.
+        assert self._clusters is not None
+        return self._clusters.decided_by()
+
+
+def same_domain(domain: int, length: int) -> NDArray[np.unsignedinteger]:
+    """One number, as often as it is asked for, ``(length,)`` and read-only; it takes the memory of one."""
+    return np.broadcast_to(np.array(domain, np.min_scalar_type(domain)), (length,))

@@ -22,7 +22,7 @@ from lifelong_moe.model.attention import AttentionContext, position_tables
 from lifelong_moe.model.block import Block
 from lifelong_moe.model.cache import KeyValueCache
 from lifelong_moe.model.deltas import DeltaEmbedding, DeltaLinear, GenerationSlices, LowRank
-from lifelong_moe.model.domains import build_document_clusters, shard_domain_ids
+from lifelong_moe.model.domains import CorpusDomains, build_document_clusters, shard_domain_ids
 from lifelong_moe.model.experts import LowRankExperts, WholeExperts
 from lifelong_moe.model.head import LinearHead
 from lifelong_moe.model.mixture import CompetingBlock, MixtureHead
@@ -208,6 +208,10 @@ class LanguageModel(nn.Module):
     def domain_ids(self, shard: TokenShard, distribution: str | None) -> NDArray[np.integer] | None:
         """Domain of each token of a shard; see :func:`lifelong_moe.model.domains.shard_domain_ids`."""
         return shard_domain_ids(self.architecture, self.document_clusters, shard, distribution)
+
+    def corpus_domains(self) -> CorpusDomains:
+        """The same for whole corpora, kept beside their tokens; valid until centroids change."""
+        return CorpusDomains(self.architecture, self.document_clusters)
 
     def forward(
         self,

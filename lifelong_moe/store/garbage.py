@@ -6,7 +6,8 @@ Removed are:
   period reaches them, directly or as a parent or holder of borrowed tensors;
 - evaluations, signatures and work directories of stages that are gone, and held-out text that no head and no live plan
   names;
-- token shards, what generations said of held-out text, and what came of files, that were not opened for a month;
+- token shards, domains of their chunks, what generations said of held-out text, and what came of files, that were not
+  opened for a month;
 - half-written files of processes that are gone;
 - the text of batches that no head and no live plan names, or that every run which knows the batch lets go.
 
@@ -46,6 +47,7 @@ KEY = re.compile(r"[0-9a-f]{64}")
 """A content key: SHA-256 in hexadecimal."""
 OURS = re.compile(r"(piece-)?[0-9a-f]{16}(-[0-9a-f]{16})?")
 """Names of what work, tokens and readings are kept in. Whatever has another name than ours is not ours to remove."""
+_DOMAINS = re.compile(r"domains-[0-9a-f]{16}\.bin")
 
 
 @dataclass(frozen=True)
@@ -71,7 +73,9 @@ class Garbage:
     heldout: list[Stored]
     """Files of held-out documents."""
     tokens: list[Stored]
-    """Directories of token shards."""
+    """Directories of token shards, with all that is in them."""
+    domains: list[Stored]
+    """Files of domains beside the tokens of other shards."""
     readings: list[Stored]
     """Files of what generations said of held-out text."""
     manifests: list[Stored]
@@ -86,7 +90,7 @@ class Garbage:
     def bytes(self) -> int:
         """Disk space that the removal frees."""
         kinds = (self.stages, self.evaluations, self.signatures, self.work, self.heldout, self.tokens, self.readings)
-        more = (self.manifests, self.abandoned, self.texts)
+        more = (self.domains, self.manifests, self.abandoned, self.texts)
         return sum(stored.bytes for found in (*kinds, *more) for stored in found)
 
 
@@ -153,13 +157,16 @@ def find_garbage(root: Path, cache: Path, now: float, grace: float = GRACE_SECON
     work = [s for s in _work(root) if s.key not in short]
     heldout = [s for s in _heldout(root) if s.key not in roots]
     unknown = [s for s in _batches(root) if s.key not in roots]
+    tokens = [s for s in _tokens(cache) if s.changed < clock - CACHE_SECONDS]
+    gone = {s.path for s in tokens}
     return Garbage(
         stages=[stages[key] for key in dependants_first(stages.keys() - live, needs)],
         evaluations=[s for s in evaluations if s.changed <= limit],
         signatures=[s for s in signatures if s.changed <= limit],
         work=[s for s in work if s.changed <= limit],
         heldout=[s for s in heldout if s.changed <= limit],
-        tokens=[s for s in _tokens(cache) if s.changed < clock - CACHE_SECONDS],
+        tokens=tokens,
+        domains=[s for s in _domains(cache) if s.changed < clock - CACHE_SECONDS and s.path.parent not in gone],
         readings=[s for s in _readings(cache) if s.changed < clock - CACHE_SECONDS],
         manifests=[s for s in _manifests(cache) if s.changed < clock - CACHE_SECONDS],
         abandoned=[_stored(path, path.name) for top in (root, cache) for path in find_temporary(top)],
@@ -185,7 +192,8 @@ def collect(root: Path, cache: Path, now: float, grace: float = GRACE_SECONDS) -
             if OURS.fullmatch(path.name):
                 held.enter_context(locked(path / ".lock", f"stage {path.name}"))
         garbage = find_garbage(root, cache, now, grace)
-        for stored in (*garbage.evaluations, *garbage.heldout, *garbage.readings, *garbage.manifests):
+        cached = (*garbage.domains, *garbage.readings, *garbage.manifests)
+        for stored in (*garbage.evaluations, *garbage.heldout, *cached):
             stored.path.unlink(missing_ok=True)
         heads = read_heads(root)
         # Text goes by what the heads say now, under all locks, and takes its token shards along.
@@ -316,6 +324,11 @@ def _removable_texts(root: Path) -> list[Stored]:
 
 def _tokens(cache: Path) -> list[Stored]:
     return [_stored(path, path.name) for path in sorted(cache.glob("tokens/*/")) if OURS.fullmatch(path.name)]
+
+
+def _domains(cache: Path) -> list[Stored]:
+    found = sorted(cache.glob("tokens/*/domains-*.bin"))
+    return [_stored_file(p) for p in found if OURS.fullmatch(p.parent.name) and _DOMAINS.fullmatch(p.name)]
 
 
 def _readings(cache: Path) -> list[Stored]:

@@ -28,7 +28,7 @@ def gc(apply: bool, console: Console) -> Mapping[str, Any]:
         remove_abandoned()
     _print(console, garbage, apply)
     names = ["stages", "evaluations", "signatures", "work", "heldout", "tokens", "readings", "manifests", "abandoned"]
-    names += ["texts", "young"]
+    names += ["domains", "texts", "young"]
     kinds = {name: getattr(garbage, name) for name in names}
     listed = {kind: [{"path": str(s.path), "bytes": s.bytes} for s in found] for kind, found in kinds.items()}
     return {"removed": apply, "bytes": garbage.bytes, **listed}
@@ -38,6 +38,7 @@ def _print(console: Console, garbage: Garbage, applied: bool) -> None:
     kinds = [("stage", garbage.stages), ("evaluation", garbage.evaluations), ("signature", garbage.signatures)]
     kinds += [("work", garbage.work)]
     kinds += [("held-out set", garbage.heldout), ("token cache", garbage.tokens)]
+    kinds += [("domain file", garbage.domains)]
     kinds += [("reading", garbage.readings), ("manifest", garbage.manifests), ("half-written", garbage.abandoned)]
     kinds += [("batch text", garbage.texts)]
     table = Table(title="removed" if applied else "nothing refers to", title_justify="left")

@@ -12,10 +12,13 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from lifelong_moe.clustering.chunks import ChunkDomains
 from lifelong_moe.data.tokens.order import SampleOrder
 from lifelong_moe.data.tokens.packing import block_borders
 from lifelong_moe.data.tokens.pairs import precedes_answer
 from lifelong_moe.data.tokens.shards import TokenShard
+
+Domains = np.ndarray | ChunkDomains
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,9 +33,9 @@ class BlockSource:
     context: int
     """Tokens a block (S); a shorter one is padded at its end."""
     bos_id: int
-    domain_ids: np.ndarray | None = None
+    domain_ids: Domains | None = None
     """Domain of each token of the shard ``(num_tokens,)``; None if routing needs none."""
-    teacher_domain_ids: np.ndarray | None = None
+    teacher_domain_ids: Domains | None = None
     """The same for the teacher, which does not know this stage's domains; None if there is no teacher."""
     limit: int | None = None
     """Blocks that may be used at most, from the beginning; None means all."""

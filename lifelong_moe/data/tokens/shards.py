@@ -27,7 +27,7 @@ from lifelong_moe.data.tokens.known_tokens import DIGEST, KnownTokens, digests_o
 from lifelong_moe.data.tokens.tokenizer import Tokenizer
 from lifelong_moe.errors import CorruptError
 from lifelong_moe.storage.directories import new_directory, remove_directory
-from lifelong_moe.storage.keys import SHORT, canonical_json, file_sha256
+from lifelong_moe.storage.keys import SHORT, canonical_json, content_key, file_sha256
 from lifelong_moe.storage.opening import open_regular
 from lifelong_moe.storage.remembered import Remembered, Seen, state_of
 from lifelong_moe.storage.stored import read_json
@@ -51,6 +51,17 @@ PIECE_BYTES = 32 << 20
 
 
 @dataclass(frozen=True, eq=False)
+class ShardFiles:
+    """Where a shard's arrays are on disk, as they were when their hashes were compared."""
+
+    folder: Path
+    key: str
+    """Hash of tokens and offsets."""
+    tokens: np.ndarray
+    offsets: np.ndarray
+
+
+@dataclass(frozen=True, eq=False)
 class TokenShard:
     """Documents as one row of tokens; document ``i`` is ``tokens[offsets[i]:offsets[i + 1]]`` and begins with BOS."""
 
@@ -66,6 +77,16 @@ class TokenShard:
     """UTF-8 bytes of each text after its separator, int64 ``(num_documents,)``; None if that is not known."""
     digests: np.ndarray | None = None
     """See :data:`lifelong_moe.data.tokens.known_tokens.DIGEST`, ``(num_documents,)``; None if they are not known."""
+    files: ShardFiles | None = None
+    """See :attr:`kept_in`, which is asked instead."""
+
+    @property
+    def kept_in(self) -> ShardFiles | None:
+        """The files that hold just these tokens and offsets; None if no files do."""
+        # A part of a shard is a copy of it with other arrays, and would name the files of the whole.
+        files = self.files
+        is_whole = files is not None and files.tokens is self.tokens and files.offsets is self.offsets
+        return files if is_whole else None
 
     @property
     def num_tokens(self) -> int:
@@ -217,13 +238,18 @@ def _open(directory: Path, vocab_size: int) -> TokenShard | None:
             mapped: np.memmap[Any, Any] = np.memmap(tokens, dtype=manifest["dtype"], mode="r")
             # NumPy does not know it, having been given an open file; a process that trains maps the same one.
             mapped.filename = str((directory / _FILES[0]).absolute())
+            # Only tokens are mapped, which may exceed memory; the other arrays have one number per document.
+            borders = np.fromfile(offsets, dtype="<i8")
+            hashes = {name: manifest["files"][name]["sha256"] for name in _FILES[:2]}
             shard = TokenShard(
-                # Only tokens are mapped, which may exceed memory; the other arrays have one number per document.
                 tokens=mapped,
-                offsets=np.fromfile(offsets, dtype="<i8"),
+                offsets=borders,
                 text_bytes=np.fromfile(text_bytes, dtype="<i8"),
                 answer_bytes=np.fromfile(files[_ANSWERS], dtype="<i8") if _ANSWERS in files else None,
                 digests=np.memmap(files[_DIGESTS], dtype=DIGEST, mode="r") if _DIGESTS in files else None,
+                files=ShardFiles(
+                    directory, content_key({"dtype": manifest["dtype"], "files": hashes}), mapped, borders
+                ),
             )
         except ValueError:  # no whole number of tokens, or none
             return None

@@ -27,7 +27,7 @@ from lifelong_moe.model.transformer import LanguageModel
 from lifelong_moe.plan.phase import Phase
 from lifelong_moe.plan.spec import StageSpec
 from lifelong_moe.training.loop.context import StageModels
-from lifelong_moe.training.loop.generations import generated_source, training_domain_ids
+from lifelong_moe.training.loop.generations import generated_source, training_domains
 from lifelong_moe.training.loop.handover import PhaseJob
 from lifelong_moe.training.loop.shares import Batch, Tally, WeightedBatch, with_shares
 
@@ -134,14 +134,16 @@ def phase_dataset(
     """
     model, teacher = models.model, models.teacher
     bos, context = model.architecture.bos_id, spec.model.context
+    domains_of, teacher_domains_of = model.corpus_domains(), teacher.corpus_domains() if teacher else None
     # New text first; SampleOrder deals the others in rounds.
     sources: list[BlockSource | RowSource] = []
     for name in (*spec.new, *spec.reads):
         shard = corpora[name].train
-        teacher_domains = teacher.domain_ids(shard, name) if teacher else None
-        bound = None if name in spec.new else spec.buffer_blocks
+        teacher_domains = teacher_domains_of.of(shard, name) if teacher_domains_of else None
         # Replayed text is old text: its generation is the one that evaluation would choose.
-        domains = training_domain_ids(model, spec, shard, name) if name in spec.new else model.domain_ids(shard, name)
+        is_new = name in spec.new
+        domains = training_domains(model, spec, shard, name, domains_of) if is_new else domains_of.of(shard, name)
+        bound = None if is_new else spec.buffer_blocks
         sources.append(BlockSource(shard, context, bos, domains, teacher_domains, bound))
     if models.generated is not None:
         sources.append(generated_source(model, teacher, models.generated))

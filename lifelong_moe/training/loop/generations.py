@@ -9,19 +9,23 @@ first chunk of each document that the stage learns.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 from numpy.typing import NDArray
 
+from lifelong_moe.clustering.chunks import ChunkDomains
 from lifelong_moe.config.routing.base import Bundles
-from lifelong_moe.data.tokens.blocks import RowSource
+from lifelong_moe.data.tokens.blocks import Domains, RowSource
 from lifelong_moe.data.tokens.shards import TokenShard
+from lifelong_moe.model.domains import CorpusDomains, same_domain
 from lifelong_moe.model.transformer import LanguageModel
 from lifelong_moe.plan.spec import StageSpec
 
 
-def training_domain_ids(
-    model: LanguageModel, spec: StageSpec, shard: TokenShard, name: str
-) -> NDArray[np.integer] | None:
+def training_domains(
+    model: LanguageModel, spec: StageSpec, shard: TokenShard, name: str, domains_of: CorpusDomains
+) -> Domains | None:
     """Generation (or document cluster, or label) of each token of the text that a stage learns, ``(num_tokens,)``.
 
     Args:
@@ -29,6 +33,7 @@ def training_domain_ids(
         spec: The stage.
         shard: Training text of a distribution that the stage learns.
         name: The distribution.
+        domains_of: The model's.
 
     Returns:
         In a mixture the generation that this stage trains. Else as ``model.domain_ids``, but the first chunk of a
@@ -37,14 +42,13 @@ def training_domain_ids(
     architecture = model.architecture
     trained = len(architecture.generations) - 1 if spec.grow is not None else architecture.continued
     if architecture.mixture is not None and trained is not None:
-        return np.full(shard.num_tokens, trained, np.min_scalar_type(trained))
-    ids = model.domain_ids(shard, name)
-    if ids is None or architecture.routing.bundles != Bundles.cluster or trained is None:
-        return ids
+        return same_domain(trained, shard.num_tokens)
+    domains = domains_of.of(shard, name)
+    if not isinstance(domains, ChunkDomains) or architecture.routing.bundles != Bundles.cluster or trained is None:
+        return domains
     # No text precedes a first chunk, so evaluation and sampling give it to the first generation. That one is frozen and
     # would learn nothing from it, while in training the right generation is known.
-    places = np.arange(shard.num_tokens) - np.repeat(shard.offsets[:-1], np.diff(shard.offsets))
-    return np.where(places < architecture.routing.chunk_tokens, trained, ids).astype(ids.dtype)
+    return replace(domains, first=trained)
 
 
 def generated_source(model: LanguageModel, teacher: LanguageModel | None, rows: NDArray[np.int64]) -> RowSource:

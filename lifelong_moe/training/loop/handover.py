@@ -24,11 +24,13 @@ from safetensors.numpy import save_file as save_arrays
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from lifelong_moe.clustering.chunks import ChunkDomains, DomainFile
 from lifelong_moe.config.routing.own import allow_router
 from lifelong_moe.config.routing.topk import CustomRouterConfig
 from lifelong_moe.config.training import CheckpointConfig, FrozenConfig, TrainerConfig
-from lifelong_moe.data.tokens.blocks import BlockSource, RowSource
+from lifelong_moe.data.tokens.blocks import BlockSource, Domains, RowSource
 from lifelong_moe.data.tokens.shards import TokenShard
+from lifelong_moe.errors import TryAgainError
 from lifelong_moe.model.int8 import hold_as, how_held
 from lifelong_moe.model.transformer import LanguageModel
 from lifelong_moe.plan.architecture import Architecture
@@ -261,9 +263,12 @@ class _Arrays:
         self.by_place: dict[str, NDArray[Any]] = {}
 
     def plain(self, array: NDArray[Any] | None) -> str | Plain | None:
-        """Where an array stands: its place, or a file and the type of its numbers."""
+        """Where an array stands: its place, a file and the type of its numbers, or the number that it repeats."""
         if array is None:
             return None
+        # As :func:`lifelong_moe.model.domains.same_domain` makes it: to write it would fill the disk with one number.
+        if array.size and not any(array.strides):
+            return {"value": array.flat[0].item(), "shape": list(array.shape), "dtype": array.dtype.str}
         path = getattr(array, "filename", None)
         # A part of a mapped file remembers the file's name, too.
         if path is not None and Path(path).stat().st_size == array.nbytes:
@@ -274,6 +279,8 @@ class _Arrays:
 
 
 def _array(plain: str | Plain | None, arrays: Mapping[str, NDArray[Any]]) -> Any:
+    if isinstance(plain, dict) and "value" in plain:
+        return np.broadcast_to(np.array(plain["value"], plain["dtype"]), plain["shape"])
     if isinstance(plain, dict):
         return np.memmap(plain["path"], dtype=plain["dtype"], mode="r")
     return None if plain is None else arrays[plain]
@@ -295,15 +302,36 @@ DOMAINS = ("domain_ids", "teacher_domain_ids")
 
 
 def _source_plain(source: BlockSource | RowSource, arrays: _Arrays) -> Plain:
-    plain = {name: arrays.plain(getattr(source, name)) for name in DOMAINS} | {"bos_id": source.bos_id}
+    plain = {name: _domains_plain(getattr(source, name), arrays) for name in DOMAINS} | {"bos_id": source.bos_id}
     if isinstance(source, RowSource):
         return plain | {"rows": arrays.plain(source.rows)}
     return plain | {"shard": _shard_plain(source.shard, arrays), "context": source.context, "limit": source.limit}
 
 
+def _domains_plain(domains: Domains | None, arrays: _Arrays) -> str | Plain | None:
+    if not isinstance(domains, ChunkDomains):
+        return arrays.plain(domains)
+    file = domains.file
+    ids = arrays.plain(domains.ids_C) if file is None else None
+    kept = None if file is None else dataclasses.asdict(file) | {"folder": str(file.folder.absolute())}
+    return {"chunk": domains.chunk, "first": domains.first, "ids": ids, "file": kept}
+
+
+def _domains(plain: str | Plain | None, arrays: Mapping[str, NDArray[Any]], offsets: NDArray[np.int64]) -> Any:
+    if not isinstance(plain, dict) or "chunk" not in plain:
+        return _array(plain, arrays)
+    if plain["file"] is None:
+        return ChunkDomains(offsets, plain["chunk"], _array(plain["ids"], arrays), plain["first"])
+    file = DomainFile(**plain["file"] | {"folder": Path(plain["file"]["folder"])})
+    if (ids_C := file.find()) is None:
+        raise TryAgainError(f"{file.path}: changed or removed while a stage trained; start again.")
+    return ChunkDomains(offsets, plain["chunk"], ids_C, plain["first"], file)
+
+
 def _source(plain: Plain, arrays: Mapping[str, NDArray[Any]]) -> BlockSource | RowSource:
-    domains = {name: _array(plain[name], arrays) for name in DOMAINS}
     if "rows" in plain:
+        domains = {name: _array(plain[name], arrays) for name in DOMAINS}
         return RowSource(_array(plain["rows"], arrays), plain["bos_id"], **domains)
     shard = _shard(plain["shard"], arrays)
+    domains = {name: _domains(plain[name], arrays, shard.offsets) for name in DOMAINS}
     return BlockSource(shard, plain["context"], plain["bos_id"], **domains, limit=plain["limit"])

@@ -10,11 +10,12 @@ import pytest
 
 from lifelong_moe.data.tokens.blocks import BlockDataset
 from lifelong_moe.data.tokens.shards import TokenizedCorpus, TokenShard
+from lifelong_moe.model.domains import CorpusDomains
 from lifelong_moe.model.transformer import LanguageModel
 from lifelong_moe.plan.methods import stage_specs
 from lifelong_moe.training.loop.context import StageModels
 from lifelong_moe.training.loop.data import phase_dataset, text_sample
-from lifelong_moe.training.loop.generations import training_domain_ids
+from lifelong_moe.training.loop.generations import training_domains
 
 
 def corpus(name: str) -> TokenizedCorpus:
@@ -28,10 +29,10 @@ def test_the_teacher_sees_domains_of_its_own(make_run: Any, make_model: Any, mon
     """Clusters that a stage adds do not exist for its teacher."""
     student, teacher = make_model(), make_model()
 
-    def fake(model: LanguageModel, shard: TokenShard, distribution: str) -> Any:
-        return np.full(shard.num_tokens, 7 if model is student else 3)
+    def fake(domains: CorpusDomains, shard: TokenShard, distribution: str) -> Any:
+        return np.full(shard.num_tokens, 7 if domains._architecture is student.architecture else 3)
 
-    monkeypatch.setattr(LanguageModel, "domain_ids", fake)
+    monkeypatch.setattr(CorpusDomains, "of", fake)
     spec = stage_specs(make_run())[1]
     corpora = {name: corpus(name) for name in (spec.data, *spec.replayed)}
     phase = spec.phases()[0]
@@ -176,15 +177,15 @@ def test_a_new_text_s_first_chunk_is_learned_by_the_bundle_that_trains(make_run:
     # A stage that trains an older generation on knows its text as well; one that trains no bundle of its own does not.
     goes_on = stage_specs(make_run(*sets, stages=[{"data": "english"}, {"data": "python"}, {"data": "english"}]))[2]
     model.architecture = dataclasses.replace(model.architecture, frozen=2, continued=0)
-    first = training_domain_ids(
-        model, dataclasses.replace(goes_on, grow=None, continues="english"), corpora["english"].train, "english"
-    )
-    assert first is not None and first.tolist() == causal.tolist()
+
+    def learned(spec: Any, name: str) -> Any:
+        domains = training_domains(model, spec, corpora[name].train, name, model.corpus_domains())
+        assert domains is not None
+        return domains[:].tolist()
+
+    assert learned(dataclasses.replace(goes_on, grow=None, continues="english"), "english") == causal.tolist()
     model.architecture = dataclasses.replace(model.architecture, continued=1)
-    second = training_domain_ids(
-        model, dataclasses.replace(goes_on, grow=None, continues="python"), corpora["python"].train, "python"
-    )
-    assert second is not None and second.tolist() == expected.ravel().tolist()
+    second = dataclasses.replace(goes_on, grow=None, continues="python")
+    assert learned(second, "python") == expected.ravel().tolist()
     model.architecture = dataclasses.replace(model.architecture, frozen=1, continued=None)
-    neither = training_domain_ids(model, dataclasses.replace(goes_on, grow=None), corpora["english"].train, "english")
-    assert neither is not None and neither.tolist() == causal.tolist()
+    assert learned(dataclasses.replace(goes_on, grow=None), "english") == causal.tolist()
