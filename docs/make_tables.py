@@ -332,6 +332,7 @@ TABLES: dict[str, Callable[[], list[str]]] = {
     "long-life": others.long_life,
     "long-life-start": others.long_life_start,
     "reading": others.reading,
+    "phase-starts": others.phase_starts,
     "waits": others.waits,
     "launches": others.launches,
     "router-launches": others.router_launches,

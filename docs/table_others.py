@@ -342,6 +342,15 @@ def reading() -> list[str]:
     return markdown(["100 MB in 20 files", "processor seconds", "most memory, MB"], rows, "lrr")
 
 
+def phase_starts() -> list[str]:
+    """What the start of a phase takes, of text whose generations are or are not known."""
+    rows = [
+        [one["what"], f"{one['processor_seconds']:.1f}", str(one["peak_private_megabytes"])]
+        for one in read("results/phase_starts")["rows"]
+    ]
+    return markdown(["start of a phase", "processor seconds", "most memory above the start's, MB"], rows, "lrr")
+
+
 def waits() -> list[str]:
     """How often the host waits for the device in a step, by kind of router; kinds with equal numbers share a row."""
     kinds: dict[tuple[int, int], list[str]] = {}

@@ -324,8 +324,8 @@ def gc(
 ) -> None:
     """Show files to which no run, version or live plan refers and that are at least a day old.
 
-    Tokenized text is included once it was not opened for 30 days. --apply also removes half-written files of killed
-    processes, those of other machines once they are a day old.
+    Tokenized text, and domains that were kept of it, are included once they were not opened for 30 days. --apply also
+    removes half-written files of killed processes, those of other machines once they are a day old.
     """
     from pipelines.upkeep.gc import gc as collect_garbage
 

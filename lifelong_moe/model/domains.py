@@ -13,7 +13,6 @@ import hashlib
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from functools import cached_property
-from typing import Any
 
 import numpy as np
 import torch
@@ -112,7 +111,7 @@ class DocumentClusters(nn.Module):
         """Domains that a chunk may be assigned to now: the numbers are below it."""
         return self.num_domains() if self.routing.centroids == Centroids.random else self.num_fitted()
 
-    def decided_by(self) -> dict[str, Any]:
+    def decided_by(self) -> dict[str, object]:
         """All that decides the domains of a text, as plain JSON data; large arrays by their hash."""
         routing = self.routing
         return {
@@ -159,7 +158,7 @@ class TfidfClusters(DocumentClusters):
         """One a centroid."""
         return sum(len(c) for c in self.centroids())
 
-    def decided_by(self) -> dict[str, Any]:
+    def decided_by(self) -> dict[str, object]:
         """Also the projection."""
         return {**super().decided_by(), "projection": _array_key(self.projection)}
 
@@ -188,7 +187,7 @@ class GenerationClusters(DocumentClusters):
         """One a generation."""
         return len(self.centroids())
 
-    def decided_by(self) -> dict[str, Any]:
+    def decided_by(self) -> dict[str, object]:
         """Also the margin."""
         return {**super().decided_by(), "margin": self.routing.margin}
 
@@ -285,7 +284,7 @@ class CorpusDomains:
         return ChunkDomains(shard.offsets, chunk, ids_C)
 
     @cached_property
-    def _decided_by(self) -> dict[str, Any]:
+    def _decided_by(self) -> dict[str, object]:
         # Once for all corpora: the centroids of a hundred generations are as large as many a corpus.
         assert self._clusters is not None
         return self._clusters.decided_by()

@@ -293,6 +293,25 @@ def test_what_came_of_files_goes_after_a_month_and_pieces_of_tokens_too(store: S
     assert sorted(path.stem[0] for path in (store.cache / "manifests").iterdir()) == ["2", "n"] and not piece.exists()
 
 
+def test_domains_go_after_a_month_and_the_tokens_that_are_read_stay(store: Store) -> None:
+    store.head(age=0)
+    read, unread = (store.cache / "tokens" / f"{digit * 16}-{'9' * 16}" for digit in "12")
+    for folder, age in ((read, 1), (unread, 31)):
+        folder.mkdir(parents=True)
+        for name, one in (("tokens.bin", age), (f"domains-{'a' * 16}.bin", 31), ("domains-mine.bin", age)):
+            (folder / name).write_bytes(b"xyz")
+            os.utime(folder / name, (NOW - one * DAY,) * 2)
+    fresh = read / f"domains-{'b' * 16}.bin"
+    fresh.write_bytes(b"x")
+    os.utime(fresh, (NOW, NOW))
+    found = store.found()
+    assert [stored.path for stored in found.domains] == [read / f"domains-{'a' * 16}.bin"]
+    assert [stored.path for stored in found.tokens] == [unread] and found.bytes == 3 + 9
+    collect(store.root, store.cache, NOW)
+    assert sorted(path.name for path in read.iterdir()) == sorted(["tokens.bin", "domains-mine.bin", fresh.name])
+    assert not unread.exists()
+
+
 def test_what_killed_processes_left_is_shown_and_what_others_write_is_not(store: Store) -> None:
     store.head(age=0)
     for parent in (store.cache, store.root / "batches"):

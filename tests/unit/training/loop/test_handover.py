@@ -13,12 +13,15 @@ import pytest
 import torch
 from torch import Tensor
 
+from lifelong_moe.clustering.chunks import ChunkDomains, DomainFile
 from lifelong_moe.config.growth import FrozenWeights
 from lifelong_moe.config.run import RunConfig
 from lifelong_moe.config.training import OwnClass, TrainerConfig
 from lifelong_moe.data.tokens.blocks import BlockSource, RowSource
 from lifelong_moe.data.tokens.shards import TokenShard
 from lifelong_moe.data.tokens.windows import evaluation_windows
+from lifelong_moe.errors import TryAgainError
+from lifelong_moe.model.domains import same_domain
 from lifelong_moe.model.int8 import hold_frozen
 from lifelong_moe.model.tokens import TokenBatch
 from lifelong_moe.model.transformer import LanguageModel
@@ -145,6 +148,37 @@ def test_text_is_named_where_it_is_a_file(make_model: Make, job: PhaseJob, tmp_p
     assert isinstance(found, BlockSource) and isinstance(found.shard.tokens, np.memmap)
     assert not isinstance(text.watched["english"].tokens, np.memmap)
     assert np.array_equal(text.watched["english"].tokens, mapped[:25])
+
+
+def test_domains_are_named_where_they_are_a_file_and_checked_again(
+    make_model: Make, job: PhaseJob, tmp_path: Path
+) -> None:
+    (tmp_path / "tokens.bin").write_bytes(b"tokens")
+    shard = TokenShard(np.arange(60, dtype=np.uint16), np.array([0, 25, 60]), np.array([30, 40]))
+    file = DomainFile(tmp_path, "a" * 64, 9, 3)
+    file.write([np.array([0, 1, 2, 1, 0, 2, 2, 1, 1])])
+    ids = file.find()
+    assert ids is not None
+    kept = ChunkDomains(shard.offsets, 8, ids, 2, file)
+    alone = ChunkDomains(shard.offsets, 8, np.array(ids))
+    zeros, label = ChunkDomains(shard.offsets, 8, same_domain(0, 9), 1), same_domain(3, 60)
+    sources = [BlockSource(shard, 40, 0, kept, alone), BlockSource(shard, 40, 0, zeros, label)]
+    models = PhaseModels(make_model(), None, None, None, torch.get_rng_state())
+    hand_over(tmp_path / "phase", job, models, PhaseText(sources, {}), {})
+    found = take_over(tmp_path / "phase")[2].sources
+    for ours, theirs in zip(found, sources, strict=True):
+        for n in range(2):
+            assert all(torch.equal(value, theirs.block(n)[name]) for name, value in ours.block(n).items())
+    first, second = found
+    assert isinstance(first.domain_ids, ChunkDomains) and isinstance(first.domain_ids.ids_C, np.memmap)
+    assert isinstance(second.domain_ids, ChunkDomains) and second.domain_ids.ids_C.strides == (0,)
+    assert isinstance(second.teacher_domain_ids, np.ndarray) and second.teacher_domain_ids.strides == (0,)
+    # The ranks read what the main process has checked.
+    data = file.path.read_bytes()
+    file.path.unlink()
+    file.path.write_bytes(b"\x01" + data[1:])
+    with pytest.raises(TryAgainError, match="changed or removed"):
+        take_over(tmp_path / "phase")
 
 
 def test_a_job_is_plain_data_without_code_that_nobody_allowed(
