@@ -1,8 +1,8 @@
 """Tokens on disk: written once per (documents, tokenizer), verified on opening, mapped into memory.
 
 A part (train or held-out) is one directory ``cache/tokens/<documents16>-<tokenizer16>/`` with raw little-endian
-arrays and a manifest of their sizes and hashes. A directory appears by rename, so it is whole or absent. Later there are
-also notes on what was hashed, and the domains of its chunks (:mod:`lifelong_moe.clustering.chunks`).
+arrays and a manifest of their sizes and hashes. A directory appears by rename, so it is whole or absent. Later there
+are also notes on what was hashed, and the domains of its chunks (:mod:`lifelong_moe.clustering.chunks`).
 """
 
 from __future__ import annotations

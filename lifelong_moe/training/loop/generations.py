@@ -3,8 +3,8 @@
 Where generations predict together, each of them reads a whole text: what a stage learns is its own generation's from
 the first token on. Where one is selected, text is assigned to generations by
 :meth:`~lifelong_moe.model.transformer.LanguageModel.domain_ids`, each chunk by what precedes it
-(:func:`lifelong_moe.clustering.unigrams.prefix_generations` decides, once for a corpus), and training text gets the same
-ids, but for the first chunk of each document that the stage learns.
+(:func:`lifelong_moe.clustering.unigrams.prefix_generations` decides, once for a corpus), and training text gets the
+same ids, but for the first chunk of each document that the stage learns.
 """
 
 from __future__ import annotations

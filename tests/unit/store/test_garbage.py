@@ -266,7 +266,14 @@ def test_what_has_no_name_of_ours_stays(store: Store, name: str) -> None:
     assert path.exists()
 
 
-@pytest.mark.parametrize("name", [f"signatures/{KEYS['a']}.sig", f"heldout/{DATA}.jsonl"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        f"signatures/{KEYS['a']}.sig",
+        f"heldout/{DATA}.jsonl",
+        f"../cache/tokens/{'1' * 16}-{'2' * 16}/domains-{'3' * 16}.bin",
+    ],
+)
 def test_a_folder_in_place_of_a_file_is_refused_before_anything_is_removed(store: Store, name: str) -> None:
     store.stage("b", 0)
     other = store.write(f"heldout/{KEYS['c']}.jsonl", "", 100 * DAY)
