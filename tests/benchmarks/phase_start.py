@@ -29,6 +29,7 @@ from lifelong_moe.data.text.sources import read_corpus
 from lifelong_moe.data.tokens.shards import TokenizedCorpus, tokenize_corpus
 from lifelong_moe.data.tokens.tokenizer import Tokenizer, train_tokenizer
 from lifelong_moe.model.transformer import LanguageModel
+from lifelong_moe.plan.architecture import Architecture
 from lifelong_moe.plan.methods import stage_specs
 from lifelong_moe.plan.spec import StageSpec
 from lifelong_moe.training.loop.context import StageModels
@@ -71,19 +72,21 @@ def prepared(files: list[str], work: Path) -> dict[str, TokenizedCorpus]:
 
 def models(specs: list[StageSpec], corpora: dict[str, TokenizedCorpus], work: Path) -> StageModels:
     """The last stage's model and its teacher."""
-    architecture, made = None, []
+    architectures = list[Architecture]()
     for spec in specs:
-        architecture = spec.architecture(architecture, VOCAB, 0, 0)
-        made.append(LanguageModel(architecture))
+        architectures.append(spec.architecture(architectures[-1] if architectures else None, VOCAB, 0, 0))
+    made = [LanguageModel(architecture) for architecture in architectures[-2:]]
     for number, spec in enumerate(specs):
         path, shard = work / f"centroids-{number}.npy", corpora[spec.data].train
         if not path.exists():
             documents = [shard.document(n)[1:] for n in range(min(FITTED, shard.num_documents))]
             np.save(path, fit_unigrams(documents, VOCAB, 8, width=64, seed=0))
-        for model in made[number:]:
-            assert model.document_clusters is not None
-            model.document_clusters.all_centroids()[number].copy_(torch.from_numpy(np.load(path)))
-    return StageModels(made[-1], made[-2])
+        for model in made:
+            # A teacher, which knows all but the last, has clusters only if it has two generations.
+            clusters = model.document_clusters
+            if clusters is not None and number < clusters.generations:
+                clusters.all_centroids()[number].copy_(torch.from_numpy(np.load(path)))
+    return StageModels(made[1], made[0])
 
 
 def child(files: list[str], work: Path) -> dict[str, Any]:
