@@ -1,6 +1,7 @@
 """Losses of models on held-out text, by distribution or by document, each measured once and then stored.
 
-Models are named by their keys; a model is loaded only if a measurement is missing.
+Models are named by their keys; a model is loaded only if a measurement is missing. Until then nothing imports torch,
+which commands do without that find all of them.
 """
 
 from __future__ import annotations
@@ -8,24 +9,20 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
-from functools import partial
-from typing import Any, Literal
+from dataclasses import asdict, dataclass
+from functools import cached_property, partial
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from torch import Tensor
 
 from lifelong_moe.config.run import RunConfig
 from lifelong_moe.data.text.documents import Document
 from lifelong_moe.data.tokens.prepare import PreparedData
 from lifelong_moe.data.tokens.shards import TokenShard, tokenize_documents
 from lifelong_moe.data.tokens.windows import EvaluationSet, evaluation_windows, first_documents
-from lifelong_moe.evaluation.documents import measure_documents
-from lifelong_moe.evaluation.loss import EVALUATION_SCHEMA, Evaluation, evaluate, per_token_of
-from lifelong_moe.evaluation.readings import KeptReadings, Reading, Readings, reader_hashes
+from lifelong_moe.evaluation.evaluation import EVALUATION_SCHEMA, Evaluation, per_token_of
 from lifelong_moe.evaluation.spread import spread_shard
-from lifelong_moe.model.transformer import LanguageModel
 from lifelong_moe.plan.architecture import Architecture
 from lifelong_moe.retraining.bounds import DocumentLosses
 from lifelong_moe.retraining.structure import shuffled_text
@@ -34,7 +31,13 @@ from lifelong_moe.storage.plain import PlainError, from_plain
 from lifelong_moe.store.evaluations import EvaluationStore
 from lifelong_moe.store.readings import ReadingCache
 
-Load = Callable[[str], LanguageModel]
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from lifelong_moe.evaluation.readings import KeptReadings, Reading
+    from lifelong_moe.model.transformer import LanguageModel
+
+Load = Callable[[str], "LanguageModel"]
 """Returns the model of a key, on the device where it is measured."""
 KEPT_SECONDS = 60.0
 """After this much time what was measured is stored, though more is to be measured."""
@@ -88,6 +91,8 @@ def read_evaluation(data: Any, architecture: Architecture) -> Evaluation:
 
 def _readings(wanted: Collection[int], architecture: Architecture, tensors: Mapping[str, Tensor]) -> dict[int, Reading]:
     """What stored tensors hold of some generations; raises a ValueError if they are something else."""
+    from lifelong_moe.evaluation.readings import Reading
+
     there = {generation for generation in wanted if f"places.{generation}" in tensors}
     return {generation: Reading.from_tensors(tensors, generation, architecture) for generation in there}
 
@@ -113,7 +118,13 @@ class Measurements:
     """Of the model of a key; what is stored of a model with other experts is not believed."""
     cache: ReadingCache
     """What generations of mixtures said of held-out text."""
-    kept: KeptReadings = field(default_factory=KeptReadings)
+
+    @cached_property
+    def kept(self) -> KeptReadings:
+        """What these measurements read before."""
+        from lifelong_moe.evaluation.readings import KeptReadings
+
+        return KeptReadings()
 
     def measurable(self, without: Collection[str] = ()) -> list[str]:
         """Distributions with held-out text, in the run's order, except ``without``."""
@@ -163,6 +174,8 @@ class Measurements:
                 if loaded is None:
                     loaded = self.load(model).eval()
                     mixture = loaded.architecture.mixture
+                    from lifelong_moe.evaluation.readings import reader_hashes
+
                     # Where nobody is ever left out, no weight says how far a generation was heard.
                     readers = reader_hashes(loaded) if mixture is not None and mixture.drop else []
                 result = self._evaluate(loaded, readers, name)
@@ -182,6 +195,8 @@ class Measurements:
         return self.store.find(model, self.key(name), read)
 
     def _evaluate(self, model: LanguageModel, readers: list[str], name: str) -> Evaluation:
+        from lifelong_moe.evaluation.loss import evaluate
+
         settings, vocabulary = self.config.evaluate, model.architecture.vocabulary_of(name)
         windows = evaluation_windows(self.data.heldout[name], self.config.model.context, settings.tokens)
         if readers:
@@ -198,6 +213,9 @@ class Measurements:
         self, model: LanguageModel, readers: list[str], name: str, windows: EvaluationSet
     ) -> Evaluation:
         """Let only those generations read of which it is not known what they say of the text."""
+        from lifelong_moe.evaluation.loss import evaluate
+        from lifelong_moe.evaluation.readings import Readings
+
         key = self.key(name)
         known = self.kept.of(key, readers)
         # A mixture of the first n of these generations: what it heard of each, the one with one more needs to hear.
@@ -245,6 +263,8 @@ class Measurements:
         read = partial(StoredLosses.read, architecture=self.architecture(model), documents=known)
         if (found := self.store.find(model, key, read)) is not None:
             return found
+        from lifelong_moe.evaluation.documents import measure_documents
+
         sources = [document.source for document in self.data.heldout_documents[distribution]]
         text = self.data.heldout_by(distribution, self.architecture(model).vocabulary_of(distribution))
         shard, chosen = spread_shard(text, sources, self.config.evaluate.tokens)

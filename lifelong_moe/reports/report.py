@@ -50,7 +50,7 @@ from lifelong_moe.storage.grammars import Key, Name, Sha256
 from lifelong_moe.storage.plain import PlainError, from_plain
 
 if TYPE_CHECKING:  # torch is imported there
-    from lifelong_moe.evaluation.loss import Evaluation
+    from lifelong_moe.evaluation.evaluation import Evaluation
 
 SCHEMA = 4
 """Version of the layout of ``report.json``."""

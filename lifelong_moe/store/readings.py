@@ -7,15 +7,17 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from safetensors import SafetensorError
-from torch import Tensor
 
 from lifelong_moe.errors import CorruptError
 from lifelong_moe.storage.files import write_unsynced
 from lifelong_moe.storage.keys import SHORT, content_key
 from lifelong_moe.storage.plain_files import open_stored
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 MOST_BYTES = 1 << 30
 """A larger file is none of ours."""

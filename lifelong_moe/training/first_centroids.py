@@ -9,10 +9,9 @@ some, from a seed, which is forgotten once the centroids are committed.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TypeGuard
+from typing import TYPE_CHECKING, TypeGuard
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from lifelong_moe.config.parts import document_centroids
@@ -21,13 +20,12 @@ from lifelong_moe.config.routing.shared import TextClusterConfig
 from lifelong_moe.config.training import TrainerConfig
 from lifelong_moe.data.tokens.shards import ShardDocuments, TokenizedCorpus
 from lifelong_moe.errors import ConfigError
-from lifelong_moe.growth.clusters import unigram_centroids
-from lifelong_moe.retention.generated import generate_blocks
 from lifelong_moe.storage.keys import SHORT, content_key
 from lifelong_moe.store.record import StageRecord
 from lifelong_moe.store.stages import CommittedStage, StageStore
-from lifelong_moe.training.loop.device import on_configured_device
-from lifelong_moe.training.restore import load_model
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 FIRST_CENTROIDS = document_centroids(0)
 """Name of the tensor, here and in the models of later stages."""
@@ -77,20 +75,6 @@ def first_centroids(
                 f"distributions.{name} no longer is that text ({text[:SHORT]}). Restore it, or set "
                 f"routing.bundles=none."
             )
-    clusters = routing.num_clusters(first.architecture.generations[0].experts)
-    documents: Sequence[NDArray[np.integer]]
-    if first.is_imported:
-        documents = _written_documents(store, first, routing, trainer)
-    else:
-        documents = ShardDocuments([corpora[name].train for name in first.spec.learns])
-    centroids = unigram_centroids(
-        documents,
-        first.architecture.vocab_size,
-        clusters,
-        width=routing.feature_width,
-        # The stage's own seed, not that of the run that asks: its centroids are the same for every run.
-        seed=first.spec.seed,
-    )
     record = StageRecord(
         key=content_key(identity),
         name=f"{first.name}.centroids",
@@ -102,7 +86,36 @@ def first_centroids(
         tokenizer=first.tokenizer,
         derived=identity,
     )
-    return store.commit(record, {}, {FIRST_CENTROIDS: torch.from_numpy(centroids)})
+    # Only now torch is imported: a run whose centroids are there does without.
+    return store.commit(record, {}, {FIRST_CENTROIDS: _fitted(store, first, routing, corpora, trainer)})
+
+
+def _fitted(
+    store: StageStore,
+    first: CommittedStage,
+    routing: TextClusterConfig,
+    corpora: Mapping[str, TokenizedCorpus],
+    trainer: TrainerConfig,
+) -> Tensor:
+    """The centroids of the text that a first stage learned, or that a checkpoint writes."""
+    import torch
+
+    from lifelong_moe.growth.clusters import unigram_centroids
+
+    documents: Sequence[NDArray[np.integer]]
+    if first.is_imported:
+        documents = _written_documents(store, first, routing, trainer)
+    else:
+        documents = ShardDocuments([corpora[name].train for name in first.spec.learns])
+    centroids = unigram_centroids(
+        documents,
+        first.architecture.vocab_size,
+        routing.num_clusters(first.architecture.generations[0].experts),
+        width=routing.feature_width,
+        # The stage's own seed, not that of the run that asks: its centroids are the same for every run.
+        seed=first.spec.seed,
+    )
+    return torch.from_numpy(centroids)
 
 
 def _identity(first: CommittedStage, routing: TextClusterConfig) -> dict[str, str | int | list[int]]:
@@ -124,6 +137,10 @@ def _written_documents(
     store: StageStore, first: CommittedStage, routing: TextClusterConfig, trainer: TrainerConfig
 ) -> list[NDArray[np.integer]]:
     """Documents that a checkpoint's model writes, each with its separator first."""
+    from lifelong_moe.retention.generated import generate_blocks
+    from lifelong_moe.training.loop.device import on_configured_device
+    from lifelong_moe.training.restore import load_model
+
     context, bos_id = first.architecture.model.context, first.architecture.bos_id
     model, blocks = on_configured_device(load_model(store, first), trainer), max(1, routing.sample_tokens // context)
     rows = generate_blocks(model, blocks, context=context, seed=first.spec.seed, ends=first.spec.text_ends)

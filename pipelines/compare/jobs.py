@@ -14,7 +14,7 @@ from lifelong_moe.plan.comparison import Arm, Budget, Comparison, require_equal_
 from lifelong_moe.reports.report import as_written
 from lifelong_moe.storage.keys import SHORT
 from lifelong_moe.store.runs import RunRecord
-from lifelong_moe.training.loop.device import require_trainer
+from lifelong_moe.store.stages import StageStore
 from pipelines.shared.workspace import ROOT, Prepared, prepare
 
 Memory = dict[str, PreparedData]
@@ -60,7 +60,7 @@ def plan_jobs(comparison: Comparison, memory: Memory) -> list[Job]:
     for arm in comparison.arms:
         # A device that this machine lacks is refused before hours of training on the other arms.
         with _in_arm(arm):
-            require_trainer(first[arm.name].config.trainer)
+            _require_trainer(first[arm.name])
     require_equal_measures({name: _measures(first[name]) for name in [comparison.reference, *first]})
     tokens = {arm.name: _token_overrides(comparison, arm, first) for arm in comparison.arms}
     jobs = []
@@ -70,6 +70,15 @@ def plan_jobs(comparison: Comparison, memory: Memory) -> list[Job]:
             prepared = _prepare(comparison, arm, overrides, memory)
             jobs.append(Job(arm, seed, comparison.run_name(arm, seed), prepared))
     return jobs
+
+
+def _require_trainer(prepared: Prepared) -> None:
+    """Require a trainer that this machine has, where something is to be trained."""
+    store = StageStore(ROOT)
+    if any(store.find(planned.key) is None for planned in prepared.plan):
+        from lifelong_moe.training.loop.device import require_trainer  # imports torch
+
+        require_trainer(prepared.config.trainer)
 
 
 def _measures(prepared: Prepared) -> dict[str, str]:

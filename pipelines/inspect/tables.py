@@ -97,7 +97,14 @@ def _by_distribution(result: Mapping[str, Any]) -> Table:
     # With one generation no expert is newer than the text, so the columns would all be 0.
     leaky = result["layers"] if can_leak(result) else ()
     layers = [f"leak L{layer['layer']}" for layer in leaky]
-    table = _table("The first tokens of each held-out text (--tokens)", "distribution", "tokens", "nats/token", "experts shuffled", *layers)
+    table = _table(
+        "The first tokens of each held-out text (--tokens)",
+        "distribution",
+        "tokens",
+        "nats/token",
+        "experts shuffled",
+        *layers,
+    )
     for name, losses in result["shuffled"].items():
         loss, shuffled = losses["nats_per_token"], losses["shuffled_nats_per_token"]
         leak = (f"{layer['leak'][name]:.1%}" for layer in leaky)

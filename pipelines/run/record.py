@@ -10,7 +10,7 @@ from rich.console import Console
 
 from lifelong_moe.config.data import patterns
 from lifelong_moe.config.load import whole_config, written_config
-from lifelong_moe.evaluation.loss import Evaluation
+from lifelong_moe.evaluation.evaluation import Evaluation
 from lifelong_moe.measures import MEASURES
 from lifelong_moe.plan.planned import PlannedStage
 from lifelong_moe.reports.report import Report

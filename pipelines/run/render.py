@@ -22,7 +22,7 @@ from pipelines.shared.tables import show
 
 # Both import torch, and `status`, which shares this file, answers without it.
 if TYPE_CHECKING:
-    from lifelong_moe.evaluation.loss import Evaluation
+    from lifelong_moe.evaluation.evaluation import Evaluation
     from pipelines.shared.workspace import Prepared
 
 

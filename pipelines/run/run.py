@@ -4,22 +4,23 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from fractions import Fraction
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 
 from lifelong_moe.config.load import LoadedConfig, written_config
 from lifelong_moe.config.run import RunConfig
+from lifelong_moe.config.training import TrainerConfig
 from lifelong_moe.data.formats.progress import telling
 from lifelong_moe.data.tokens.prepare import PreparedData
 from lifelong_moe.errors import TryAgainError
-from lifelong_moe.evaluation.loss import Evaluation
+from lifelong_moe.evaluation.evaluation import Evaluation
 from lifelong_moe.evaluation.measurements import Measurements
-from lifelong_moe.model.transformer import LanguageModel
 from lifelong_moe.plan.advice import beginning, idle_retention, noncausal_routing, other_separator, unheld
 from lifelong_moe.plan.methods import RECIPES
 from lifelong_moe.plan.planned import PlannedStage
@@ -38,10 +39,6 @@ from lifelong_moe.training.abandoned import clear_abandoned
 from lifelong_moe.training.callbacks.interrupt import Interrupt, handling_signals
 from lifelong_moe.training.callbacks.own import allow_own
 from lifelong_moe.training.first_centroids import first_centroids, needs_first_centroids
-from lifelong_moe.training.imported import imported_stage
-from lifelong_moe.training.loop.context import Outlook, StageEnvironment
-from lifelong_moe.training.loop.device import on_configured_device, require_trainer
-from lifelong_moe.training.restore import initial_model, load_model
 from pipelines.run import render
 from pipelines.run.compared import Compared
 from pipelines.run.file_list import show_data
@@ -51,6 +48,10 @@ from pipelines.shared.output import silent
 from pipelines.shared.places import remove_abandoned
 from pipelines.shared.training import train_stage
 from pipelines.shared.workspace import CACHE, ROOT, Prepared, prepare, require_room
+
+if TYPE_CHECKING:
+    from lifelong_moe.model.transformer import LanguageModel
+    from lifelong_moe.training.loop.context import Outlook
 
 log = logging.getLogger(__name__)
 
@@ -81,18 +82,22 @@ def run(
     with handling_signals() as interrupt:
         remove_abandoned()
         allow_own(loaded.config.trainer)  # its user gave the configuration to this command
-        # A device that this machine lacks is refused before anything is written.
-        require_trainer(loaded.config.trainer)
+        # Once, before a model is loaded.
+        ready = cache(partial(_require_trainer, loaded.config.trainer))
+        if not _is_finished(loaded):
+            ready()  # a device that this machine lacks is refused before anything is written
         with console.status("reading and tokenizing the distributions") as status, telling(status.update):
             prepared = prepare(loaded, memory)
         record, store = RunRecord(ROOT, prepared.config.run), StageStore(ROOT)
         todo = [planned for planned in prepared.plan if store.find(planned.key) is None]
         require_room(todo, prepared.config)
+        if todo:
+            ready()
         with locked(record.lock_path, f"run {record.run}"):
             opened = open_run(record, prepared, replace)
             # A comparison shows the data once, and its arms differ on purpose.
             _announce(console if compared is None else silent(), prepared, record.path)
-            report = _run_stages(prepared, store, opened, interrupt, console, compared)
+            report = _run_stages(prepared, store, opened, interrupt, console, compared, ready)
             # Stages that were there may have been committed before there was a key.
             store.sign(*opened.head.stages, opened.head.centroids)
     if compared is not None:  # a comparison ends with the tables of all its arms
@@ -103,6 +108,22 @@ def run(
         console.print(f"Nothing to train: all {len(prepared.plan)} stages of {record.run} are committed.")
     render.verdict(console, [report])
     return report
+
+
+def _is_finished(loaded: LoadedConfig) -> bool:
+    """Whether all stages of a run are committed that was begun with the same configuration: it may need no torch."""
+    store, head = StageStore(ROOT), RunRecord(ROOT, loaded.config.run).head()
+    return (
+        head is not None
+        and head.config == written_config(loaded.raw)
+        and all(store.find(key) is not None for key in head.plan)
+    )
+
+
+def _require_trainer(config: TrainerConfig) -> None:
+    from lifelong_moe.training.loop.device import require_trainer
+
+    require_trainer(config)
 
 
 def _announce(console: Console, prepared: Prepared, folder: Path) -> None:
@@ -135,12 +156,13 @@ def _run_stages(
     interrupt: Interrupt,
     console: Console,
     compared: Compared | None,
+    ready: Callable[[], None],
 ) -> Report:
-    """Restore or train, evaluate, record: stage after stage. Returns the report."""
+    """Restore or train, evaluate, record: stage after stage; ``ready`` comes before a model. Returns the report."""
     config = prepared.config
     tracker = _connect(prepared, console)
     keys = [planned.key for planned in prepared.plan]
-    measurements = _measurements(prepared, store)
+    measurements = _measurements(prepared, store, ready)
     distributions = measurements.known([_init_key(prepared), *keys])
     content = content_key([RECORD, keys, [measurements.key(name) for name in distributions]])
     trains = any(store.find(key) is None for key in keys)
@@ -192,6 +214,8 @@ def _begun(prepared: Prepared, store: StageStore, opened: OpenRun, console: Cons
     """What is there before the first stage: the checkpoint's model, if the run begins with one."""
     if prepared.base is None:
         return {}
+    from lifelong_moe.training.imported import imported_stage
+
     with console.status("checkpoint: reading"):
         base = imported_stage(store, prepared.base, prepared.config, prepared.data)
     todo = (planned.spec.routing for planned in prepared.plan if store.find(planned.key) is None)
@@ -239,6 +263,8 @@ def _train(
     interrupt: Interrupt,
     console: Console,
 ) -> CommittedStage:
+    from lifelong_moe.training.loop.context import StageEnvironment
+
     config, data, spec = prepared.config, prepared.data, planned.spec
     run_id = mlflow.stage_begins(planned)
     environment = StageEnvironment(
@@ -260,6 +286,8 @@ def _train(
 
 def _outlook(planned: PlannedStage, plan: list[PlannedStage], store: StageStore) -> Outlook:
     """A stage's place, and what the stages cost that are trained after it."""
+    from lifelong_moe.training.loop.context import Outlook
+
     place = plan.index(planned)
     later = [one.flops for one in plan[place + 1 :] if store.find(one.key) is None]
     return Outlook(place + 1, len(plan), sum(later))
@@ -283,18 +311,22 @@ def _fit_first(stage: CommittedStage, prepared: Prepared, store: StageStore, ope
         opened.save(dataclasses.replace(opened.head, centroids=fitted.key))
 
 
-def _measurements(prepared: Prepared, store: StageStore) -> Measurements:
+def _measurements(prepared: Prepared, store: StageStore, ready: Callable[[], None]) -> Measurements:
     """What measures the run's stages and its model before training."""
     architectures = {planned.key: planned.architecture for planned in prepared.plan}
     architectures[_init_key(prepared)] = (prepared.base or prepared.plan[0]).architecture
-    load = partial(_model, prepared, store)
+    load = partial(_model, prepared, store, ready)
     return Measurements(
         prepared.config, prepared.data, EvaluationStore(ROOT), load, architectures.__getitem__, ReadingCache(CACHE)
     )
 
 
-def _model(prepared: Prepared, store: StageStore, key: str) -> LanguageModel:
+def _model(prepared: Prepared, store: StageStore, ready: Callable[[], None], key: str) -> LanguageModel:
     """The model of a committed stage by its key, or the untrained one, on the device of evaluation."""
+    from lifelong_moe.training.loop.device import on_configured_device
+    from lifelong_moe.training.restore import initial_model, load_model
+
+    ready()
     if prepared.base is None and key == _init_key(prepared):
         model = initial_model(prepared.plan[0].architecture, prepared.config.seed)
     else:

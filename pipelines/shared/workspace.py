@@ -10,6 +10,7 @@ from pathlib import Path
 from lifelong_moe.config.load import LoadedConfig, written_config
 from lifelong_moe.config.references import stored_config
 from lifelong_moe.config.routing.own import allow_router
+from lifelong_moe.config.routing.topk import CustomRouterConfig
 from lifelong_moe.config.run import RunConfig
 from lifelong_moe.config.sections import section
 from lifelong_moe.config.training import TrainerConfig
@@ -18,14 +19,12 @@ from lifelong_moe.data.tokens.records import Remembered
 from lifelong_moe.errors import DataError
 from lifelong_moe.interop.layout.folder import read_checkpoint
 from lifelong_moe.interop.layout.place import folder_of
-from lifelong_moe.interop.pretrained import require_sound
 from lifelong_moe.plan.disk import require_space, run_need, used_space
 from lifelong_moe.plan.key import SCHEMA
 from lifelong_moe.plan.memory import require_memory
 from lifelong_moe.plan.methods import added_vocabulary
 from lifelong_moe.plan.planned import PlannedBase, PlannedStage, planned_base
 from lifelong_moe.plan.stages import check_clusters, check_shares, plan_stages, stage_need
-from lifelong_moe.routing.registry import build_router
 from lifelong_moe.storage.keys import SHORT
 from lifelong_moe.store.head import RunHead
 from lifelong_moe.store.runs import RunRecord, require_head
@@ -78,8 +77,11 @@ def prepare(loaded: LoadedConfig, memory: dict[str, PreparedData] | None = None)
     config = loaded.config
     require_memory(config)
     allow_router(config.routing.mode)  # its user gave the configuration to this command
-    # Only for its errors: a router class of the user's own that cannot be built is reported before data is read.
-    build_router(config.routing, width=config.model.width, layer=0)
+    if isinstance(config.routing, CustomRouterConfig):
+        from lifelong_moe.routing.registry import build_router  # imports torch
+
+        # Only for its errors: a class that cannot be built is reported before data is read.
+        build_router(config.routing, width=config.model.width, layer=0)
     head = RunRecord(ROOT, config.run).head()
     if head is None and config.base.is_given:
         _require_sound(folder_of(config.base), config.base.sha256)
@@ -94,6 +96,8 @@ def prepare(loaded: LoadedConfig, memory: dict[str, PreparedData] | None = None)
 @cache
 def _require_sound(folder: Path, sha256: str | None) -> None:
     """Read a checkpoint's numbers before a new run writes anything; ``sha256`` tells checkpoints of one place apart."""
+    from lifelong_moe.interop.pretrained import require_sound  # imports torch
+
     require_sound(read_checkpoint(folder))
 
 

@@ -81,8 +81,6 @@ def test_a_first_configuration(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     [
         ("evaluate tiny --data sea.jsonl", ["tokenizers"]),
         ("generate tiny apple --max-new-tokens 1", ["tokenizers"]),
-        # Its text is as it was, so that not even near copies are looked for.
-        ("run tiny.yaml", ["tokenizers"]),
     ],
 )
 def test_what_trains_nothing_needs_torch_alone(
@@ -93,6 +91,14 @@ def test_what_trains_nothing_needs_torch_alone(
     (answer,) = ask(tuple(command.split()))
     # Lightning with all that it imports takes longer than torch, and a finished run needs none of it.
     assert answer["code"] == 0 and answer["heavy"] == sorted(["torch", *needs]), answer
+
+
+def test_a_finished_run_does_without_torch(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shutil.copytree(trained, tmp_path / "lab")
+    monkeypatch.chdir(tmp_path / "lab")
+    # Its text is as it was, so that not even near copies are looked for.
+    (answer,) = ask(("run", "tiny.yaml"))
+    assert answer["code"] == 0 and answer["heavy"] == ["tokenizers"], answer
 
 
 MLFLOW = Path("mlruns/mlflow.db")
@@ -132,7 +138,7 @@ def test_what_is_recorded_is_found_without_mlflow(
     monkeypatch.chdir(tracked_once)
     before = MLFLOW.read_bytes()
     (answer,) = ask(command)
-    assert (answer["code"], answer["heavy"]) == (0, ["tokenizers", "torch"]), answer
+    assert (answer["code"], answer["heavy"]) == (0, ["tokenizers"]), answer
     assert "MLflow: http" in answer["out"] + answer["err"] and MLFLOW.read_bytes() == before
 
 
@@ -159,7 +165,7 @@ def test_what_is_missing_in_mlflow_is_put_back(
     first, again = ask(command)[0], ask(command)[0]
     assert first["code"] == 0 and "mlflow" in first["heavy"], first
     assert execute(asked) == repaired
-    assert (again["code"], again["heavy"]) == (0, ["tokenizers", "torch"]), again
+    assert (again["code"], again["heavy"]) == (0, ["tokenizers"]), again
 
 
 def test_a_store_that_moved_is_found_by_mlflow_once(
@@ -170,7 +176,7 @@ def test_a_store_that_moved_is_found_by_mlflow_once(
     first, again = ask(RUN)[0], ask(RUN)[0]
     assert first["code"] == 0 and "mlflow" in first["heavy"], first
     assert execute(f"SELECT count(*) FROM runs WHERE artifact_uri NOT LIKE '{tmp_path}/%'") == [(0,)]
-    assert (again["code"], again["heavy"]) == (0, ["tokenizers", "torch"]), again
+    assert (again["code"], again["heavy"]) == (0, ["tokenizers"]), again
 
 
 def test_an_idle_tick_needs_nothing_heavy(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

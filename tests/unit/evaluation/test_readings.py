@@ -16,7 +16,8 @@ from lifelong_moe.config.routing.mixture import MixtureConfig
 from lifelong_moe.data.tokens.shards import TokenShard
 from lifelong_moe.data.tokens.windows import EvaluationSet, evaluation_windows
 from lifelong_moe.evaluation import reading
-from lifelong_moe.evaluation.loss import Evaluation, evaluate
+from lifelong_moe.evaluation.evaluation import Evaluation
+from lifelong_moe.evaluation.loss import evaluate
 from lifelong_moe.evaluation.readings import KeptReadings, Reading, Readings, reader_hashes
 from lifelong_moe.model.head import LinearHead
 from lifelong_moe.model.transformer import LanguageModel

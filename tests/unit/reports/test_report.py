@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from lifelong_moe.evaluation.loss import Evaluation
+from lifelong_moe.evaluation.evaluation import Evaluation
 from lifelong_moe.reports.report import SCHEMA, Report, RunResults, ScratchReport, StageReport, build_report
 from lifelong_moe.storage.plain import PlainError
 
