@@ -199,5 +199,6 @@ def apply_adapter(model: Any, folder: Path) -> None:
                 continue
             last = module.rsplit(".", 1)[-1]
             scale = alphas.get(last, settings["lora_alpha"]) / ranks.get(last, settings["r"])
-            change = tensors[name.replace("_A", "_B")] @ first * scale
+            # In float32, to which PEFT casts halves.
+            change = tensors[name.replace("_A", "_B")].float() @ first.float() * scale
             model.get_submodule(module).weight += change.T if kind == "lora_embedding_A" else change

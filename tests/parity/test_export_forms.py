@@ -35,8 +35,9 @@ TEXTS = ["apple pear plum cherry ripe sweet", "def return self value index", "wa
 TOKENIZER = train_tokenizer(TEXTS * 3, 300)
 
 
-def source(model: LanguageModel) -> Source:
-    return Source(model.architecture, model.state_dict(), [TOKENIZER.text], Kept({}.get))
+def source(model: LanguageModel, dtype: torch.dtype = torch.float32) -> Source:
+    tensors = {name: t.to(dtype) if t.is_floating_point() else t for name, t in model.state_dict().items()}
+    return Source(model.architecture, tensors, [TOKENIZER.text], Kept({}.get))
 
 
 def logits(model: LanguageModel, ids: Tensor, domain: int) -> Tensor:
@@ -68,14 +69,14 @@ def low_rank(request: pytest.FixtureRequest, make_model: Make) -> LanguageModel:
     return model
 
 
-def written(model: LanguageModel, generation: int, root: Path) -> tuple[Path, Path]:
+def written(model: LanguageModel, generation: int, root: Path, dtype: torch.dtype = torch.float32) -> tuple[Path, Path]:
     base, change = root / "base", root / "change"
     base.mkdir()
     change.mkdir()
-    config = write_folder(source(model), 0, base)
+    config = write_folder(source(model, dtype), 0, base)
     adapter.require_adapter(model.architecture, generation)
-    adapter.require_only_low_rank(source(model), generation)
-    adapter.write_adapter(source(model), generation, config, str(base), change)
+    adapter.require_only_low_rank(source(model, dtype), generation)
+    adapter.write_adapter(source(model, dtype), generation, config, str(base), change)
     return base, change
 
 
@@ -107,6 +108,16 @@ def test_an_adapter_is_the_generation_s_change_of_the_base(
         adapter.apply_adapter(theirs, change)
         agreement = compare(low_rank, generation, theirs, [0, 1])
     assert agreement.difference < 1e-5 and agreement.ours == agreement.theirs
+
+
+@pytest.mark.parametrize("generation", [1, 2])
+def test_an_adapter_in_halves_is_added_in_float32(low_rank: LanguageModel, tmp_path: Path, generation: int) -> None:
+    low_rank.load_state_dict(source(low_rank, torch.bfloat16).tensors)
+    base, change = written(low_rank, generation, tmp_path, torch.bfloat16)
+    assert {t.dtype for t in load_file(change / "adapter_model.safetensors").values()} == {torch.bfloat16}
+    with read_by_transformers(base) as theirs:
+        adapter.apply_adapter(theirs, change)
+        assert compare(low_rank, generation, theirs, [0, 1]).difference < 1e-5
 
 
 # It asks for what a later version of transformers calls otherwise, and says that tied matrices are not to be merged.
