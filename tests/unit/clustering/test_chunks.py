@@ -14,6 +14,8 @@ import pytest
 from numpy.typing import NDArray
 
 from lifelong_moe.clustering.chunks import ChunkDomains, DomainFile, chunk_begins
+from lifelong_moe.storage.temporary import remove_temporary
+from tests.tiny import fork, kill_self
 
 KEY = hashlib.sha256(b"tokens and centroids").hexdigest()
 IDS = np.array([0, 2, 1, 1, 0, 2, 2], np.uint8)
@@ -131,7 +133,7 @@ def test_only_a_file_is_read(kept: DomainFile, kind: str) -> None:
         assert kept.find() is not None and not kept.path.is_symlink()
 
 
-def test_a_kill_half_way_leaves_nothing_that_is_believed(kept: DomainFile) -> None:
+def test_an_error_half_way_leaves_nothing(kept: DomainFile) -> None:
     def killed() -> Iterator[NDArray[np.integer]]:
         yield IDS[:3]
         raise KeyboardInterrupt
@@ -139,6 +141,25 @@ def test_a_kill_half_way_leaves_nothing_that_is_believed(kept: DomainFile) -> No
     with pytest.raises(KeyboardInterrupt):
         kept.write(killed())
     assert kept.find() is None and [path.name for path in kept.folder.iterdir()] == ["tokens.bin"]
+
+
+def test_a_kill_half_way_leaves_nothing_that_is_believed(kept: DomainFile, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What remains is found like other half-written files, three folders below the cache at most."""
+    cache = kept.folder / "cache"
+    inner = replace(kept, folder=cache / "tokens" / "part")
+    inner.folder.mkdir(parents=True)
+    (inner.folder / "tokens.bin").write_bytes(b"tokens")
+    monkeypatch.chdir(kept.folder)
+
+    def killed() -> Iterator[NDArray[np.integer]]:
+        yield IDS[:3]
+        kill_self()
+
+    assert fork(lambda: inner.write(killed())).wait() == -9
+    assert inner.find() is None and len(list(inner.folder.iterdir())) == 2
+    assert remove_temporary(cache) == 1 and [path.name for path in inner.folder.iterdir()] == ["tokens.bin"]
+    written(inner)
+    assert inner.find() is not None
 
 
 def test_it_does_not_come_back_when_the_tokens_are_gone(kept: DomainFile) -> None:
