@@ -307,9 +307,9 @@ LONG_LIFE = {
 }
 
 
-def long_life() -> list[str]:
+def long_life(file: str) -> list[str]:
     """What a stage costs and leaves, early and late in a long run, of two checkouts."""
-    result, rows = read("results/long_life"), []
+    result, rows = read(file), []
     found = {name: result["checkouts"][name]["summary"] for name in ("before", "now")}
     for key, (words, digits, unit) in LONG_LIFE.items():
         row = [f"{words}, {unit}" if unit else words]
