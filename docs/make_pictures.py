@@ -5,7 +5,6 @@ PYTHONPATH=$PWD python docs/make_pictures.py
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
@@ -61,16 +60,11 @@ def long_life_figure(curves: Mapping[str, list[float]]) -> Figure:
     for axes, names, unit, scale in zip(
         panels, (SECONDS, KILOBYTES), ("processor seconds", "kB"), (1.0, 1e-3), strict=True
     ):
-        drawn = {name: [scale * one for one in curves[name]] for name in names}
-        # Beside its end, as a legend would lie over the curves; no two words over each other.
-        least, height = 0.05 * max(map(max, drawn.values())), -math.inf
-        heights = {
-            name: (height := max(drawn[name][-1], height + least)) for name in sorted(drawn, key=lambda n: drawn[n][-1])
-        }
         for colour, (name, words) in zip(LINE_COLOURS, names.items(), strict=False):
-            values = drawn[name]
+            values = [scale * one for one in curves[name]]
             axes.plot(range(1, len(values) + 1), values, color=colour)
-            axes.annotate(words, (len(values), heights[name]), xytext=(4, 0), textcoords="offset points", fontsize=8,
+            # Beside its end, as a legend would lie over the curves.
+            axes.annotate(words, (len(values), values[-1]), xytext=(4, 0), textcoords="offset points", fontsize=8,
                           color=colour, va="center", annotation_clip=False)  # fmt: skip
         axes.set(xlabel="stage", ylabel=f"{unit} a stage", ylim=(0, None))
         axes.margins(x=0.02)

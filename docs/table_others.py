@@ -307,9 +307,9 @@ LONG_LIFE = {
 }
 
 
-def long_life(file: str) -> list[str]:
+def long_life() -> list[str]:
     """What a stage costs and leaves, early and late in a long run, of two checkouts."""
-    result, rows = read(file), []
+    result, rows = read("results/long_life"), []
     found = {name: result["checkouts"][name]["summary"] for name in ("before", "now")}
     for key, (words, digits, unit) in LONG_LIFE.items():
         row = [f"{words}, {unit}" if unit else words]

@@ -164,11 +164,13 @@ class Measurements:
             settings = {"label": None, **settings, "documents": text, "spread": "over sources"}
         return content_key(settings)
 
-    def evaluations(self, model: str, distributions: Sequence[str]) -> dict[str, Evaluation]:
-        """A model's loss on each of these distributions."""
+    def evaluations(
+        self, model: str, distributions: Sequence[str], told: Callable[[str], None] = lambda _: None
+    ) -> dict[str, Evaluation]:
+        """A model's loss on each of these distributions; ``told`` hears which one is measured now, and of how many."""
         loaded, readers, found, new = None, [], dict[str, Evaluation](), dict[str, dict[str, Any]]()
         saved = time.monotonic()
-        for name in distributions:
+        for place, name in enumerate(distributions, 1):
             if (result := self._stored(model, name)) is None:
                 # Loading costs more than measuring: once, and only if something is missing.
                 if loaded is None:
@@ -178,6 +180,7 @@ class Measurements:
 
                     # Where nobody is ever left out, no weight says how far a generation was heard.
                     readers = reader_hashes(loaded) if mixture is not None and mixture.drop else []
+                told(f"{name}, {place} of {len(distributions)}")
                 result = self._evaluate(loaded, readers, name)
                 new[self.key(name)] = result.to_json()
             found[name] = result

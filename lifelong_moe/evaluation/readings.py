@@ -115,13 +115,10 @@ class KeptReadings:
     def keep(self, text: str, readers: Sequence[str], readings: Mapping[int, Reading]) -> None:
         """Keep readings by generation, each in place of what was known of it."""
         for generation, one in readings.items():
-            key = text, readers[generation]
-            if (before := self._kept.get(key)) is one:
-                continue
-            if before is not None:
-                self._left += self._kept.pop(key).num_bytes
+            before = self._kept.pop((text, readers[generation]), None)
+            self._left += 0 if before is None else before.num_bytes
             if one.num_bytes <= self._left:
-                self._kept[key] = one
+                self._kept[text, readers[generation]] = one
                 self._left -= one.num_bytes
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lifelong_moe.errors import ConfigError
-from lifelong_moe.reports.report import Report
+from lifelong_moe.reports.report import BEFORE, Report
 from lifelong_moe.storage.plain_files import require_plain_files
 from lifelong_moe.store.runs import RunRecord, require_head
 
@@ -15,9 +15,6 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from pandas import DataFrame
-
-UNTRAINED = "(untrained)"
-"""Row of the model before its first stage, or of the checkpoint that it began with. No stage is named so."""
 
 
 @dataclass(frozen=True, repr=False)
@@ -64,7 +61,7 @@ def tables(found: Report) -> RunTables:
     """A report as data frames."""
     from pandas import DataFrame
 
-    names, after = list(found.distributions), [UNTRAINED, *(stage.name for stage in found.stages)]
+    names, after = list(found.distributions), [BEFORE, *(stage.name for stage in found.stages)]
 
     def losses(untrained: Sequence[float], later: Sequence[Sequence[float]]) -> DataFrame:
         return DataFrame([untrained, *later], index=after, columns=names)

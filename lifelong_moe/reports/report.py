@@ -42,20 +42,20 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from lifelong_moe.evaluation.evaluation import Evaluation
 from lifelong_moe.evaluation.routing import RoutingStatistics, dead_experts, routing_statistics
 from lifelong_moe.reports.matrix import backward_transfer, forgetting, forward_transfer
 from lifelong_moe.storage.grammars import Key, Name, Sha256
 from lifelong_moe.storage.plain import PlainError, from_plain
 
-if TYPE_CHECKING:  # torch is imported there
-    from lifelong_moe.evaluation.evaluation import Evaluation
-
 SCHEMA = 4
 """Version of the layout of ``report.json``."""
 SINCE_BITS = 4
 """The first schema with forgetting in bits per byte."""
+BEFORE = "(before)"
+"""Row of the model before its first stage: untrained, or the checkpoint as it came. No stage is named so."""
 MOST_NATS = 700
 """Largest forgetting of a token whose rise of perplexity is a number."""
 

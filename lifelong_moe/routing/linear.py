@@ -53,20 +53,19 @@ class LinearRouter(Router):
                 need not be computed and are ``-inf``. So the cost does not grow with the number of generations.
         """
         # A token of a generation that is masked chooses among the first's.
-        available = self.available
-        if present is None or any(generation >= len(available) for generation in present):
+        if present is None or any(generation >= len(self.available) for generation in present):
             return self.products(x_TD, self.rows)
         needed = {*present}
         if torch.is_grad_enabled():
             # Rows that train have a gradient, if one of zero, which processes that train together rely on.
             needed |= {generation for generation, rows_ED in enumerate(self.rows) if rows_ED.requires_grad}
         columns = []
-        for is_needed, group in groupby(range(len(available)), needed.__contains__):
+        for is_needed, group in groupby(range(len(self.available)), needed.__contains__):
             members = [*group]
             if is_needed:
                 columns.append(self.products(x_TD, [self.rows[generation] for generation in members]))
             else:
-                width = sum(available[members[0] : members[-1] + 1])
+                width = sum(self.available[generation] for generation in members)
                 columns.append(torch.full((len(x_TD), width), -math.inf, device=x_TD.device))
         return torch.cat(columns, dim=-1)
 

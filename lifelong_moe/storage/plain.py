@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import math
 import reprlib
-from collections.abc import Collection, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import MISSING, fields, is_dataclass
 from enum import StrEnum
 from functools import cache
@@ -106,10 +106,7 @@ def _built(hint: Any, value: Any) -> Any:
     if origin is tuple:
         return _tuple(get_args(hint), value)
     if origin in (list, Sequence):
-        [kind], items = get_args(hint), _items(value)
-        if kind is float and _are_floats(items):
-            return [*items]
-        return [_under(f"[{i}]", kind, one) for i, one in enumerate(items)]
+        return [_under(f"[{i}]", get_args(hint)[0], one) for i, one in enumerate(_items(value))]
     if origin in (dict, Mapping):
         key, kind = get_args(hint)
         return _table(key, kind, _mapping(value))
@@ -153,14 +150,7 @@ def _items(value: Any) -> Sequence[Any]:
     return value
 
 
-def _are_floats(values: Collection[Any]) -> bool:
-    """Whether all are finite floats, as nearly all of a run's numbers are: told at once of half a million of them."""
-    return {*map(type, values)} == {float} and all(map(math.isfinite, values))
-
-
 def _table(key: Any, hint: Any, values: Mapping[str, Any]) -> dict[str, Any]:
-    if key is str and hint is float and _are_floats(values.values()):
-        return {**values}
     return {_under(f".{name}", key, name): _under(f".{name}", hint, one) for name, one in values.items()}
 
 

@@ -95,7 +95,9 @@ def grids(comparison: Mapping[str, Any]) -> list[Grid]:
             ),
         )
     if compared:
-        title = f"Differences from {reference} with the same seeds (p of the paired t-test, not corrected)"
+        title = f"Differences from {reference} with the same seeds"
+        if any(found["n"] > FEW for arm in compared for found in arm["differences"].values() if found):
+            title += " (p of the paired t-test, not corrected)"
         titles = ("arm", *(MEASURES[key].title for key in COMPARED))
         found.insert(1, Grid(title, titles, [_difference(arm, comparison) for arm in compared]))
     if any("leak_max" in arm["summary"] and arm["summary"]["leak_max"] for arm in arms):

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from lifelong_moe.errors import LifelongError
 from lifelong_moe.interop.adapter import unread_adapter
-from lifelong_moe.reports.report import Report
+from lifelong_moe.reports.report import BEFORE, Report
 from lifelong_moe.storage.keys import SHORT
 from lifelong_moe.store.lineage import expert_names
 from lifelong_moe.store.runs import RunRecord
@@ -176,8 +176,11 @@ def _losses(order: Order) -> list[str]:
     if order.stage.key not in keys:
         return []
     last = keys.index(order.stage.key) + 1
-    rows = [("at init", report.bits_per_byte_at_init)]
+    rows = [(BEFORE, report.bits_per_byte_at_init)]
     rows += [(stage.name, row) for stage, row in zip(report.stages[:last], report.bits_per_byte, strict=False)]
-    head = ["## Held-out loss, bits per byte", "", table_row(["after", *report.distributions])]
+    head = ["## Held-out loss, bits per byte", ""]
+    if None not in order.generations and len(order.stage.architecture.generations) > 1:
+        head += ["Of all generations together, as lifelong-moe reads texts. One of them alone loses more.", ""]
+    head.append(table_row(["after", *report.distributions]))
     head.append("|---" * (len(report.distributions) + 1) + "|")
     return head + [table_row([name, *(f"{value:.3f}" for value in row)]) for name, row in rows] + [""]

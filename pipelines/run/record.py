@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -108,7 +107,10 @@ class MlflowRecord:
             self._dataset(run_id, name, record.train_hash, context)
 
     def _dataset(self, run_id: str | None, name: str, digest: str, context: str) -> None:
-        record, source = self.prepared.data.records[name], self._sources[name]
+        record = self.prepared.data.records[name]
+        sources = {str(key): value for key, value in written_config(self.prepared.loaded.raw)["distributions"].items()}
+        # As written: an interpolation of a secret must not be resolved into MLflow.
+        source = sources[name]
         if not isinstance(source, str):
             named = ", ".join(patterns(source.get("files")))
             source = source.get("builtin") or named or f"{source['hf']}@{source['revision']}"
@@ -119,13 +121,6 @@ class MlflowRecord:
             "near_copies": len(record.left_out),
         }
         self.tracker.log_dataset(run_id, name=name, digest=digest[:32], context=context, source=source, profile=profile)
-
-    @cached_property
-    def _sources(self) -> dict[str, Any]:
-        """Where each distribution's text is from, as written: an interpolation of a secret is not resolved."""
-        # Once: each call reads the whole configuration, with all distributions.
-        written = written_config(self.prepared.loaded.raw)["distributions"]
-        return {str(name): source for name, source in written.items()}
 
     def stage_begins(self, planned: PlannedStage, *, adds: bool = False) -> str | None:
         """Start the stage's child run, or resume it; ``adds`` if the stage is committed already."""

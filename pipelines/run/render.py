@@ -14,7 +14,7 @@ from lifelong_moe.evaluation.routing import dead_experts
 from lifelong_moe.measures import MEASURES
 from lifelong_moe.plan.planned import PlannedStage
 from lifelong_moe.plan.spec import StageSpec
-from lifelong_moe.reports.report import Report
+from lifelong_moe.reports.report import BEFORE, Report
 from lifelong_moe.reports.verdict import report_verdict
 from lifelong_moe.store.stages import CommittedStage
 from pipelines.shared.markdown import plain, table_row
@@ -129,7 +129,7 @@ def _matrix_table(one: Report) -> Table:
     table.add_column("after stage")
     for name in one.distributions:
         table.add_column(name, justify="right")
-    table.add_row("(untrained)", *(f"{value:.3f}" for value in one.bits_per_byte_at_init), style="dim")
+    table.add_row(BEFORE, *(f"{value:.3f}" for value in one.bits_per_byte_at_init), style="dim")
     for stage, row in zip(one.stages, one.bits_per_byte, strict=True):
         cells = (
             Text(f"{value:.3f}", style="bold" if name in stage.learns else "")

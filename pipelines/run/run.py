@@ -171,8 +171,8 @@ def _run_stages(
     try:
         committed = _begun(prepared, store, opened, console)
         # Forward transfer is measured against the untrained model, or the checkpoint as it came.
-        with console.status("before training: evaluating"):
-            init = measurements.evaluations(_init_key(prepared), distributions)
+        with _evaluating("before training", console) as told:
+            init = measurements.evaluations(_init_key(prepared), distributions, told)
         results = _no_results(config, distributions, init)
         for planned in prepared.plan:
             stage = store.find(planned.key)
@@ -187,8 +187,8 @@ def _run_stages(
             # While the text is there: centroids that a later stage needs cannot be fitted once it is gone.
             if planned.index == 0 and prepared.base is None:
                 _fit_first(stage, prepared, store, opened)
-            with console.status(f"{planned.spec.name}: evaluating"):
-                measured = measurements.evaluations(planned.key, distributions)
+            with _evaluating(planned.spec.name, console) as told:
+                measured = measurements.evaluations(planned.key, distributions, told)
             render.stage_line(console, planned, stage, shared, measured)
             if planned.is_from_scratch:
                 mlflow.scratch_done(planned, stage, _add_scratch(results, planned, measured))
@@ -208,6 +208,13 @@ def _run_stages(
         mlflow.ended_by(error)
         raise
     return report
+
+
+@contextmanager
+def _evaluating(what: str, console: Console) -> Iterator[Callable[[str], None]]:
+    """Say what is evaluated, and on which text."""
+    with console.status(f"{what}: evaluating") as status:
+        yield lambda text: status.update(f"{what}: evaluating {text}")
 
 
 def _begun(prepared: Prepared, store: StageStore, opened: OpenRun, console: Console) -> dict[int, CommittedStage]:

@@ -186,7 +186,7 @@ def test_run_then_ask_everything(lab: Path, cli: Cli) -> None:
 def test_report_of_two_runs(trained: Path, cli: Cli) -> None:
     result = cli("report", "tiny", "naive")
     assert result.code == 0
-    for text in ("tiny (lifelong)", "naive (sequential)", "Side by side", "forgetting of fruit", "(untrained)"):
+    for text in ("tiny (lifelong)", "naive (sequential)", "Side by side", "forgetting of fruit", "(before)"):
         assert text in result.out
     said = result.out.splitlines()[-2]  # the verdict, against the run without retention, and where its words are told
     assert (said.startswith("tiny ") or "(router leak)" in said) and "FLOPs." in result.out

@@ -139,7 +139,7 @@ def test_a_report_is_data_frames(trained: Path) -> None:
     found = lifelong_moe.report("tiny", store=trained / "mlruns")
     assert repr(found) == "RunTables(tiny: bits_per_byte, nats_per_token, stages, distributions)"
     for frame, key in ((found.bits_per_byte, "bits_per_byte"), (found.nats_per_token, "loss_nats_per_token")):
-        assert list(frame.index) == ["(untrained)", "fruit", "code"] and list(frame.columns) == ["fruit", "code"]
+        assert list(frame.index) == ["(before)", "fruit", "code"] and list(frame.columns) == ["fruit", "code"]
         assert frame.iloc[1:].to_numpy().tolist() == written[key]
     assert found.bits_per_byte.iloc[0].tolist() == written["bits_per_byte_at_init"]
     assert found.stages.index.tolist() == ["fruit", "code"]

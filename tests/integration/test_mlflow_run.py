@@ -24,7 +24,6 @@ from lifelong_moe.config.load import read_config
 from lifelong_moe.errors import DivergedError, TryAgainError
 from lifelong_moe.plan.stages import stage_need
 from pipelines.cli import exit_code
-from pipelines.run import record
 from pipelines.shared.workspace import prepare
 from pipelines.upkeep.sync import sync
 from tests.known_stages import train_all_stages
@@ -206,19 +205,6 @@ def test_settings_are_shown_as_they_were_in_effect(lab: Path, config: dict[str, 
     whole = yaml.safe_load(file.read_text())
     assert whole["stages"][1]["grow"]["experts"] == 3 and whole["stages"][1]["grow"]["noise"] == 0.01
     assert whole["stages"][0]["grow"]["experts"] == 2 and whole["stages"][0]["optim"]["lr"] == 3.0e-3
-
-
-def test_the_configuration_is_read_once_for_all_data(config: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    read: list[Any] = []
-    written = record.written_config
-
-    def noted(raw: Any) -> dict[str, Any]:
-        read.append(raw)
-        return written(raw)
-
-    monkeypatch.setattr(record, "written_config", noted)
-    train()
-    assert len(read) == 1  # and not for each distribution of the run and of each stage
 
 
 def test_repeating_adds_nothing_and_another_arm_adds_its_own(lab: Path, config: dict[str, Any]) -> None:

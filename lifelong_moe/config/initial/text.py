@@ -84,12 +84,13 @@ def _scalar(name: str) -> str:
 
 
 def _routing(sizes: Sizes) -> list[str]:
+    lines = ["", "# Which generation a text is of is decided anew every four tokens, from what precedes them."]
     if sizes.clusters == MOST_CLUSTERS:
-        return []
+        return [*lines, "routing: {chunk_tokens: 4}"]
     return [
-        "",
+        *lines,
         f"# A generation recognizes its text by {MOST_CLUSTERS} clusters of documents, or by as many as a folder has.",
-        f"routing: {{clusters: {sizes.clusters}}}",
+        f"routing: {{chunk_tokens: 4, clusters: {sizes.clusters}}}",
     ]
 
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from lifelong_moe.measures import MEASURES
 from lifelong_moe.reports.pages.shell import Html, beginning, cell, document, joined, picture, put, table, tag
-from lifelong_moe.reports.report import Report
+from lifelong_moe.reports.report import BEFORE, Report
 from lifelong_moe.reports.verdict import CLEAR, GLOSSARY, report_verdict
 from lifelong_moe.storage.keys import SHORT, content_key
 from lifelong_moe.store.lineage import LineageRow
@@ -70,7 +70,7 @@ def _verdict(report: Report) -> Iterator[Html]:
 def _losses(report: Report) -> Html:
     """The loss matrix, with the change since each distribution was last learned."""
     columns, learned = list(enumerate(report.distributions)), report.learned_last()
-    rows: list[list[str]] = [["(untrained)", *(f"{value:.3f}" for value in report.bits_per_byte_at_init)]]
+    rows: list[list[str]] = [[BEFORE, *(f"{value:.3f}" for value in report.bits_per_byte_at_init)]]
     for i, (stage, losses) in enumerate(zip(report.stages, report.bits_per_byte, strict=True)):
         row: list[str] = [stage.name]
         for j, name in columns:

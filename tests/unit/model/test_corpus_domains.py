@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
@@ -10,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from numpy.typing import NDArray
 
 from lifelong_moe.clustering.chunks import ChunkDomains
@@ -23,12 +25,12 @@ from lifelong_moe.model import domains
 from lifelong_moe.model.domains import (
     CorpusDomains,
     DocumentClusters,
+    GenerationClusters,
     TfidfClusters,
     build_document_clusters,
     shard_domain_ids,
 )
 from lifelong_moe.plan.architecture import Architecture
-from tests.tiny import fork
 
 MakeArchitecture = Callable[..., Architecture]
 VOCAB = 270
@@ -232,13 +234,17 @@ def _ask(architecture: Architecture, clusters: DocumentClusters, shard: TokenSha
             domains.file.path.unlink(missing_ok=True)
 
 
-def test_processes_may_ask_at_once(
-    make_architecture: MakeArchitecture, tokenized: TokenizedCorpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_processes_may_ask_at_once(make_architecture: MakeArchitecture, tokenized: TokenizedCorpus) -> None:
     """Each of them removes the file whenever it has one, so that they write, read and remove it in any order."""
-    monkeypatch.chdir(tmp_path)
+    torch.set_num_threads(1)  # a fork has no other threads
     architecture, clusters = model_of(make_architecture, "bundles")
-    started = [fork(lambda: _ask(architecture, clusters, tokenized.train, 20)) for _ in range(3)]
-    assert [process.wait() for process in started] == [0, 0, 0]
+    assert isinstance(clusters, GenerationClusters)
+    context = multiprocessing.get_context("fork")
+    started = [context.Process(target=_ask, args=(architecture, clusters, tokenized.train, 20)) for _ in range(3)]
+    for process in started:
+        process.start()
+    for process in started:
+        process.join()
+    assert [process.exitcode for process in started] == [0, 0, 0]
     assert tokenized.train.kept_in is not None
     assert not list(tokenized.train.kept_in.folder.glob(".tmp-*"))
