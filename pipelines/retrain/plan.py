@@ -16,7 +16,7 @@ from lifelong_moe.storage.files import write_atomic
 from lifelong_moe.store.head import RunHead
 from lifelong_moe.store.runs import RunRecord, latest_timestamp, timestamp
 from pipelines.retrain.drifting import drift_notes, has_drifted, look_at_batch, measure_batch, untested
-from pipelines.retrain.plan_file import Decided, PlanFacts, Serving, StageFacts, plan_path, settings_hash
+from pipelines.retrain.plan_file import Decided, PlanFacts, Serving, StageFacts, as_written, plan_path, settings_hash
 from pipelines.retrain.probes import probe, require_room_for, shortened, stage_facts
 from pipelines.shared.novelty import NewDocuments
 from pipelines.versions.candidates import Candidate, CandidateTrainer
@@ -259,7 +259,7 @@ def plan_facts(
         stage=stage,
         limits=dataclasses.asdict(settings.limits),
         exceeded=exceeded,
-        gate=dataclasses.asdict(settings.gate),
+        gate=as_written(settings.gate),
         # Garbage collection keeps these while the plan is there.
         reads=[stage.key for stage in trainer.champion.stages],
         stages=[] if stage is None else [stage.key],

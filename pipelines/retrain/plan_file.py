@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Self
 
+from lifelong_moe.config.retraining.policy import GateConfig
 from lifelong_moe.errors import ConfigError, CorruptError, StalePlanError
 from lifelong_moe.plan.retraining import Retraining
 from lifelong_moe.retraining.decision import Action
@@ -101,7 +102,7 @@ class PlanFacts:
     limits: dict[str, float | None] = field(default_factory=dict)
     exceeded: list[str]
     """Limits that forbid what the text calls for, a sentence each."""
-    gate: dict[str, float] = field(default_factory=dict)
+    gate: dict[str, float | dict[str, dict[str, str | float | None]]] = field(default_factory=dict)
     reads: list[Key] = field(default_factory=list)
     """Stages that must stay in the store while the plan is there."""
     stages: list[Key] = field(default_factory=list)
@@ -153,9 +154,15 @@ def plan_path(record: RunRecord, batch: str) -> Path:
     return record.path / "plans" / f"{batch[:SHORT]}.json"
 
 
+def as_written(gate: GateConfig) -> dict[str, Any]:
+    """The gate as plain data; without slices as in plans from before there were any, which stay valid."""
+    values = dataclasses.asdict(gate)
+    return values if gate.slices else {key: value for key, value in values.items() if key != "slices"}
+
+
 def settings_hash(retraining: Retraining) -> str:
     """Hash of the retraining file and its base, overrides included; without what only matters after the gate."""
-    settings = dataclasses.asdict(retraining.settings)
+    settings = dataclasses.asdict(retraining.settings) | {"gate": as_written(retraining.settings.gate)}
     del settings["promote"]
     return content_key([settings, retraining.raw()])
 

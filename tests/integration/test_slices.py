@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
@@ -9,7 +10,9 @@ import pytest
 
 from lifelong_moe.config.data import SourceConfig
 from lifelong_moe.data.text.sources import read_corpus
-from lifelong_moe.errors import ConfigError
+from lifelong_moe.errors import ConfigError, StalePlanError
+from lifelong_moe.plan.retraining import load_retraining
+from pipelines.retrain.plan_file import as_written
 from tests.retrain_lab import arrive, ledger, stages, tick, tick_and_text, write_retraining
 
 
@@ -48,3 +51,21 @@ def test_a_slice_of_two_documents_cannot_be_told() -> None:
     assert "this gate would pass a harmless candidate 0 times of 100" in text and "of slice few alone 0" in text
     assert result["outcome"] == "rejected"
     assert "What slice few lost against the version before cannot be told: 1 document(s) of it are scored" in text
+
+
+def test_a_plan_with_slices_is_carried_out_and_says_what_they_are() -> None:
+    arrive("sea")
+    part = {"sources": "*1*", "data": "fruit", "tolerance": 0.002}
+    write_retraining(gate={"slices": {"early": part}})
+    plan = tick(dry_run=True)["plan"]
+    assert json.loads(Path(plan).read_text(encoding="utf-8"))["gate"]["slices"] == {"early": part}
+    write_retraining(gate={"slices": {"early": part | {"tolerance": None}}})
+    with pytest.raises(StalePlanError):
+        tick(plan=plan)
+    write_retraining(gate={"slices": {"early": part}})
+    assert tick(plan=plan)["outcome"] == "promoted"
+
+
+def test_plans_and_waiting_batches_from_before_there_were_slices_stay_valid() -> None:
+    gate = load_retraining("retrain.yaml").settings.gate
+    assert "slices" not in as_written(gate) and as_written(gate)["tolerance"] == gate.tolerance
