@@ -6,7 +6,7 @@ that is known is read. What a tick has read of the inbox itself it keeps for the
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
@@ -38,8 +38,8 @@ class _Rows:
 
     read_by: Sha256
     """Of what decides which documents a file holds, and how many tokens they have."""
-    compared_with: Sha256
-    """Of what near copies are near copies of."""
+    judged_with: Sha256
+    """Of all that decides which documents are near copies."""
     files: Mapping[str, ReadFile] = field(default_factory=dict)
 
 
@@ -56,6 +56,8 @@ class FirstLook:
     """Hashes of documents that an earlier tick has found to be near copies."""
     repeats: int
     """Documents that were seen before, or repeat a new one."""
+    judged_with: Sha256
+    """See :attr:`_Rows.judged_with`."""
 
     @property
     def counts(self) -> Counts:
@@ -96,7 +98,8 @@ def _look(tick: Tick, known: Known, index: HashIndex, before: _Rows) -> FirstLoo
     last = {row.same: row for _, rows in each for row in rows}
     seen = index.repeated(last, known.texts) | known.removed
     left = {row.hash: row for same, row in last.items() if same not in seen}
-    is_judged = before.compared_with == compared_with(tick)
+    judged_with = _judged_with(tick, known, last.values())
+    is_judged = before.judged_with == judged_with
     copies = frozenset(digest for digest, row in left.items() if row.is_copy and is_judged)
     new = {digest: row for digest, row in left.items() if digest not in copies}
     uncounted = [digest for digest, row in new.items() if row.tokens == UNCOUNTED]
@@ -110,7 +113,7 @@ def _look(tick: Tick, known: Known, index: HashIndex, before: _Rows) -> FirstLoo
         return None
     counted = tick.tokens_of([texts[digest] for digest in uncounted])
     new |= {digest: replace(new[digest], tokens=tokens) for digest, tokens in zip(uncounted, counted, strict=True)}
-    return FirstLook(glance, each, new, copies, sum(len(rows) for _, rows in each) - len(left))
+    return FirstLook(glance, each, new, copies, sum(len(rows) for _, rows in each) - len(left), judged_with)
 
 
 def remember_rows(tick: Tick, files: Arrived | None, look: FirstLook, copies: frozenset[str]) -> None:
@@ -133,7 +136,7 @@ def remember_rows(tick: Tick, files: Arrived | None, look: FirstLook, copies: fr
         found = [replace(row, tokens=tokens[row.hash], is_copy=row.hash in copies) for row in rows]
         kept[file.name] = ReadFile.of(file.state, file.found, file.held_bytes, found)
         mode &= file.mode
-    now = _Rows(_read_by(tick), compared_with(tick), kept)
+    now = _Rows(_read_by(tick), look.judged_with, kept)
     if now != before:
         with suppress(OSError):
             write_atomic(tick.record.path / "arrived.json", canonical_json(asdict(now)), mode)
@@ -145,7 +148,13 @@ def _rows_before(tick: Tick) -> _Rows:
         found = read_stored(tick.record.path / "arrived.json", partial(from_plain, _Rows))
         if found.read_by == _read_by(tick):
             return found
-    return _Rows(_read_by(tick), compared_with(tick))
+    return _Rows(_read_by(tick), "")
+
+
+def _judged_with(tick: Tick, known: Known, rows: Iterable[Row]) -> str:
+    """A hash of what near copies depend on: known text, and all others, for what many sources share marks no copy."""
+    texts = sorted([text.made_of, text.state] for text in known.texts)
+    return content_key([compared_with(tick), texts, sorted({row.hash for row in rows})])
 
 
 def _read_by(tick: Tick) -> str:

@@ -271,6 +271,25 @@ def test_near_copies_are_remembered_until_what_is_known_changes() -> None:
             tick("evaluate.tokens=2100", "distributions.code.heldout_fraction=0.2")
 
 
+def test_near_copies_are_judged_again_beside_other_documents() -> None:
+    fruit = [json.loads(line)["text"] for line in Path("fruit.jsonl").read_text(encoding="utf-8").splitlines()]
+    write("inbox/copies.jsonl", edited(sorted(fruit, key=len)[-40:], 4))
+    tick("trigger.min_tokens=1000")
+    # What many sources share marks no copy, so that others could make these new.
+    arrive("sea", "few.jsonl", documents=2)
+    with pytest.raises(ReadError), pytest.MonkeyPatch.context() as patch:
+        refuse(patch)
+        tick("trigger.min_tokens=1000")
+    assert "2 new documents are waiting" in tick("trigger.min_tokens=1000")["reason"]
+    # The text of a distribution may change without a word of it in the configuration.
+    Path("inbox/empty.jsonl").touch()
+    with Path("fruit.jsonl").open("a", encoding="utf-8") as file:
+        file.write(json.dumps({"text": "a pear that nobody has seen before, and one more of them"}) + "\n")
+    judged = json.loads(ARRIVED.read_text())["judged_with"]
+    tick("trigger.min_tokens=1_000_000")
+    assert json.loads(ARRIVED.read_text())["judged_with"] != judged
+
+
 def test_rows_are_those_of_the_file() -> None:
     row = first_look.Row("a" * 64, b"b" * 16, "source", 3, True)
     file = ReadFile.of((1, 2), {"bytes": 4, "sha256": "c" * 64}, 5, [row, row])
