@@ -104,7 +104,7 @@ def known_text(config: RunConfig, texts: Texts, settled: Iterable[str], batches:
     kept = [documents for name, documents in texts.heldout.items() if name not in texts.splits]
     found += map(KnownText.there, kept)
     # A batch that was learned is a distribution, too, whose documents are all of it: it is not read twice.
-    files = {config.distributions[name].files for name, split in texts.splits.items() if not split.duplicates}
+    files = {_whole_file(config.distributions[name]) for name, split in texts.splits.items() if not split.duplicates}
     removed, learned = set[bytes](), list[str]()
     for batch in settled:
         path = batches.path(batch)
@@ -204,6 +204,14 @@ def glance_at(inbox: InboxConfig, before: Mapping[str, ReadFile]) -> Glance:
     # It has no file that could tell whether it has changed.
     found = {"name": f"{inbox.hf}@{inbox.revision}"}
     return Glance([FileRead("", found, (), SHARED, 0, documents, is_whole=False)], None)
+
+
+def _whole_file(source: SourceConfig) -> str | None:
+    """The file of a distribution that is read as a kept batch is, each of its documents; None of any other one."""
+    if not isinstance(source.files, str):
+        return None
+    whole = batch_source(source.files, source.heldout_fraction, source.heldout_sources)
+    return source.files if source == whole else None
 
 
 def batch_source(files: str, heldout_fraction: float, heldout_sources: int = HELDOUT_SOURCES) -> SourceConfig:

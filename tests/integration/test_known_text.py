@@ -6,6 +6,7 @@ import io
 import json
 import os
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -116,6 +117,22 @@ def test_what_is_taken_is_what_lists_of_all_text_gave() -> None:
     # Of text that was removed only equal documents are known.
     one.batches.remove_text(next(batch for batch, is_it in head()["batches"].items() if is_it["outcome"] == "skipped"))
     assert taken(one) == taken_by_lists(one) != expected
+
+
+def test_a_list_of_files_and_a_part_of_a_batch_are_no_batch_that_is_known_whole() -> None:
+    write("inbox/first.jsonl", texts_of("sea", 1))
+    assert tick()["outcome"] == "promoted"
+    one = opened()
+    texts = novelty.read_texts(one.config, one.known)
+
+    def learned(**settings: Any) -> list[str]:
+        changed = {name: replace(source, **settings) for name, source in one.config.distributions.items()}
+        config = replace(one.config, distributions=changed)
+        return novelty.known_text(config, texts, one.head.batches, one.batches).learned
+
+    assert learned() == list(one.head.batches)
+    path = str(one.batches.path(*one.head.batches))
+    assert not learned(files=[path, "other.jsonl"]) and not learned(max_bytes=100) and not learned(min_chars=5)
 
 
 def test_too_little_new_text_is_counted_without_reading_known_text(monkeypatch: pytest.MonkeyPatch) -> None:
