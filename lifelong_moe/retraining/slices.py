@@ -10,7 +10,7 @@ import numpy as np
 
 from lifelong_moe.config.retraining.policy import GateConfig, SliceConfig
 from lifelong_moe.errors import ConfigError
-from lifelong_moe.retraining.bounds import DocumentLosses, has_enough_sources
+from lifelong_moe.retraining.bounds import LEAST_SOURCES, DocumentLosses, has_enough_sources
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,20 +40,26 @@ def slices_of(
 
 
 def require_text(config: GateConfig, sources: Mapping[str, Iterable[str]]) -> None:
-    """Require held-out text of each slice.
+    """Require enough held-out documents of each slice, without which no candidate could pass.
 
     Args:
         config: The gate's.
-        sources: Of the held-out documents of each old distribution.
+        sources: Of each of the held-out documents of each old distribution.
 
     Raises:
-        ConfigError: If there is none.
+        ConfigError: If there are too few.
     """
     for name, part in config.slices.items():
         if part.data is not None and part.data not in sources:
             raise ConfigError(f"gate.slices.{name}.data={part.data}: there are {', '.join(sorted(sources))}.")
         of = [part.data] if part.data is not None else sources
-        if not any(fnmatchcase(source, part.sources) for one in of for source in sources[one]):
+        number = sum(fnmatchcase(source, part.sources) for one in of for source in sources[one])
+        if 0 < number < LEAST_SOURCES:
+            raise ConfigError(
+                f"gate.slices.{name}.sources={part.sources}: {number} held-out document(s) are of it; at least "
+                f"{LEAST_SOURCES} are needed. Hold out more, or take more together."
+            )
+        if not number:
             # Of a document that names no source, the hash stands for it.
             there = sorted({one for each in of for one in sources[each] if not one.startswith("sha256:")})
             named = f"there are {', '.join(there[:5])}{', …' * (len(there) > 5)}" if there else "none has a name"

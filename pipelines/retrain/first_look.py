@@ -154,7 +154,7 @@ def _rows_before(tick: Tick) -> _Rows:
 def _judged_with(tick: Tick, known: Known, rows: Iterable[Row]) -> str:
     """A hash of what near copies depend on: known text, and all others, for what many sources share marks no copy."""
     texts = sorted([text.made_of, text.state] for text in known.texts)
-    return content_key([compared_with(tick), texts, sorted({row.hash for row in rows})])
+    return content_key([compared_with(tick), texts, sorted({(row.hash, row.source) for row in rows})])
 
 
 def _read_by(tick: Tick) -> str:

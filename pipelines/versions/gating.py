@@ -63,17 +63,17 @@ def gate(
 
 
 def require_slices(config: GateConfig, heldout: Mapping[str, Sequence[Document]]) -> None:
-    """Require held-out text of each of the gate's slices, before anything is trained for it.
+    """Require held-out documents of each of the gate's slices, before anything is trained for it.
 
     Args:
         config: The gate's.
         heldout: Held-out documents by old distribution.
 
     Raises:
-        ConfigError: If there is none.
+        ConfigError: If there are too few.
     """
-    sources = {name: {document.source for document in documents} for name, documents in heldout.items()}
-    require_text(config, sources if config.slices else {})
+    if config.slices:
+        require_text(config, {name: [one.source for one in documents] for name, documents in heldout.items()})
 
 
 def kinds_of_text(version: Version, store: StageStore) -> dict[str, str]:

@@ -43,14 +43,14 @@ def test_a_slice_that_nothing_is_part_of_costs_one_line_before_anything_is_train
     assert (ledger(), stages(), list(Path("mlruns/batches").glob("*"))) == before
 
 
-def test_a_slice_of_two_documents_cannot_be_told() -> None:
+def test_a_slice_that_no_candidate_could_pass_is_refused_before_anything_is_trained() -> None:
     arrive("sea")
     one = read_corpus("fruit", SourceConfig(files="fruit.jsonl", heldout_fraction=0.1), Path("data/cache")).heldout[0]
     write_retraining(gate={"slices": {"few": {"sources": one.source}}})
-    result, text = tick_and_text()
-    assert "this gate would pass a harmless candidate 0 times of 100" in text and "of slice few alone 0" in text
-    assert result["outcome"] == "rejected"
-    assert "What slice few lost against the version before cannot be told: 1 document(s) of it are scored" in text
+    before = ledger(), stages()
+    with pytest.raises(ConfigError, match=r"1 held-out document\(s\) are of it; at least 5 are needed"):
+        tick()
+    assert (ledger(), stages()) == before
 
 
 def test_a_plan_with_slices_is_carried_out_and_says_what_they_are() -> None:

@@ -340,19 +340,21 @@ def test_sources_of_one_name_in_two_distributions_are_two() -> None:
 
 
 def test_a_slice_of_text_that_is_not_there_costs_one_line() -> None:
-    there = {"wiki": ["cs-1", "en-1"], "code": ["a"]}
+    there = {"wiki": ["cs-1", "en-1"] * 3 + ["cs-2"] * 2, "code": ["a"] * 5 + ["b"] * 4}
     require_text(GateConfig(slices={"x": SliceConfig(sources="cs-*"), "y": SliceConfig(sources="a")}), there)
     for part, message in (
         (
             SliceConfig(sources="cs_*"),
-            "gate.slices.x.sources=cs_*: no source of held-out text is named so; there are a, cs-1, en-1.",
+            "gate.slices.x.sources=cs_*: no source of held-out text is named so; there are a, b, cs-1, cs-2, en-1.",
         ),
         (SliceConfig(sources="a", data="wiki"), "gate.slices.x.sources=a: no source of held-out text is named so; th"),
         (SliceConfig(sources="a", data="blog"), "gate.slices.x.data=blog: there are code, wiki."),
     ):
         with pytest.raises(ConfigError, match=f"^{re.escape(message)}"):
             require_text(GateConfig(slices={"x": part}), there)
-    unnamed = {"wiki": ["sha256:00"]}
+    with pytest.raises(ConfigError, match=r"sources=b: 4 held-out document\(s\) are of it; at least 5 are needed"):
+        require_text(GateConfig(slices={"x": SliceConfig(sources="b")}), there)
+    unnamed = {"wiki": ["sha256:00"] * 5}
     require_text(GateConfig(slices={"x": SliceConfig(sources="*")}), unnamed)
     with pytest.raises(ConfigError, match=r"named so; none has a name\.$"):
         require_text(GateConfig(slices={"x": SliceConfig(sources="cs")}), unnamed)
