@@ -4,31 +4,25 @@ Compared exactly, by every run of :data:`NGRAM` letters and digits: in the same 
 (:func:`lifelong_moe.data.text.documents.letters`), so case, spaces and punctuation do not count, and scripts without
 spaces need no words. Two documents are near copies if either has half of its runs in the other.
 
-Legend: D documents, R known documents, W distinct runs.
+``tests/unit/data/text/near_copies_reference.py`` does the same with sparse matrices of all runs.
+
+Legend: D documents, R documents of a table, W its distinct runs, H runs found in documents.
 """
 
 from __future__ import annotations
 
-from array import array
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
-from itertools import chain
-from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
-from lifelong_moe.data.text.documents import SHORT_TEXT, Corpus, Document, documents_hash, letters
-from lifelong_moe.data.text.known import opened, summary_of, told_of
+from lifelong_moe.data.text.documents import Corpus, Document, documents_hash
+from lifelong_moe.data.text.known import opened, told_of
+from lifelong_moe.data.text.runs import LEAST, LEAST_SHARED, Hits, Table, begins_of, distinct
 from lifelong_moe.data.text.spool import SpooledDocuments, chosen, source_number, source_numbers
 from lifelong_moe.errors import DataError
 
-if TYPE_CHECKING:
-    from scipy import sparse
-
-NGRAM = 16
-"""Letters of a run, a power of 2: three or four words. A word that was changed costs about 20 runs."""
 SHARE = 0.5
 """Least share of its own runs that a near copy has in common with a known document."""
 COMMON_SOURCES = 8
@@ -37,92 +31,73 @@ a document's *own*. Common runs do not count."""
 LEAST_OWN = 0.1
 """Least share of a document's runs that must be its own; one with less is judged by all its runs, common ones too."""
 PART_BYTES = 32 << 20
-"""Training text that is compared at once."""
-LEAST = SHORT_TEXT - NGRAM + 1
-"""Runs below which a document is too short: only equal ones are found, see ``normalized_hash``."""
-_MULTIPLIERS = (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB, 0xD6E8FEB86659FD93, 0xA0761D6478BD642F)
-"""Odd numbers of 64 bits: the first hashes letters, each other one joins two halves of a run."""
-FILTER_BITS = 24
-"""Low bits of a hash that index the filter of a table: one flag for each value, 16 MiB together."""
-_LOW = np.uint64((1 << FILTER_BITS) - 1)
-
-
-def ngrams(text: str) -> NDArray[np.uint64]:
-    """Hashes of every run of :data:`NGRAM` letters and digits, sorted, each once, uint64 ``(n,)``.
-
-    A run of 2k letters is hashed from its halves, so four passes over the text make all runs of 16. The hashes are the
-    same everywhere; two of a billion different runs share one with a probability of 3 %.
-    """
-    # UTF-32, so that each letter is one number in every script.
-    codes = np.frombuffer(letters(text).encode("utf-32-le"), dtype="<u4").astype(np.uint64)
-    if len(codes) < NGRAM:
-        return codes[:0]
-    hashes = _mixed((codes + np.uint64(1)) * np.uint64(_MULTIPLIERS[0]))
-    for i, half in enumerate((1, 2, 4, 8), 1):
-        hashes = _mixed(hashes[:-half] * np.uint64(_MULTIPLIERS[i]) + hashes[half:])
-    return _distinct(hashes)
-
-
-def _distinct(hashes: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    """Sorted distinct hashes, three times faster than ``np.unique``."""
-    ordered = np.sort(hashes)
-    return ordered[np.append(True, ordered[1:] != ordered[:-1])[: len(ordered)]]
-
-
-def _mixed(hashes: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    """Let high bits, in which a product is best, reach the low ones."""
-    return hashes ^ (hashes >> np.uint64(31))
-
-
-class _Table:
-    """The distinct runs of some documents, sorted; a run's index is its column in :class:`_Texts`."""
-
-    def __init__(self, documents: Sequence[Document]) -> None:
-        self.runs_W = _distinct(np.concatenate([np.zeros(0, np.uint64), *(ngrams(d.text) for d in documents)]))
-        # A filter with false positives only; `places` confirms each by search.
-        self.maybe = np.zeros(1 << FILTER_BITS, dtype=bool)
-        self.maybe[self.runs_W & _LOW] = True
-
-    def places(self, runs: NDArray[np.uint64]) -> NDArray[np.int64]:
-        """Indices in ``runs_W`` of those runs that are in the table."""
-        # Most runs are not in the table, and reading one flag is cheaper than a search.
-        runs = runs[self.maybe[runs & _LOW]]
-        places = np.searchsorted(self.runs_W, runs)
-        # `searchsorted` puts what exceeds all runs one past the end; the next line compares and drops it.
-        places[places == len(self.runs_W)] = 0
-        return places[self.runs_W[places] == runs]
+"""Text that is looked up at once."""
+MOST_HITS = 8 << 20
+"""Runs of possible near copies that are held; where there are more, text is looked up a second time."""
 
 
 @dataclass(frozen=True)
-class _Texts:
-    """Documents as rows of a matrix over the runs of a table."""
+class _Sizes:
+    """Runs of documents: all of them, and their own."""
 
-    has_DW: sparse.csr_array
-    """1 where a document has a run, int32; runs that are not in the table are not there."""
-    size_D: NDArray[np.int64]
-    """Runs of each document, those that are not in the table too."""
-    source_D: NDArray[np.uint64]
-    """A hash of each document's source, of 64 bits."""
+    all: NDArray[np.int64]
+    own: NDArray[np.int64]
 
-    @classmethod
-    def of(cls, documents: Iterable[Document], table: _Table) -> _Texts:
-        """Look every run up in a table."""
-        # Imported here: importing scipy takes as long as answering a command about a run may take.
-        from scipy import sparse
+    def reached(self, which: NDArray[np.int64], shared: NDArray[np.int64]) -> NDArray[np.bool_]:
+        """Whether documents share enough of their own runs."""
+        own, size = self.own[which], self.all[which]
+        # A document with few runs of its own would share half of them with many others by chance.
+        return (own >= LEAST) & (own >= LEAST_OWN * size) & (shared >= SHARE * own)
 
-        columns, lengths, sizes, sources = array("i"), array("q", [0]), array("q"), array("Q")
-        for document in documents:
-            runs = ngrams(document.text)
-            found = table.places(runs).astype(np.int32)
-            columns.frombytes(found.tobytes())
-            lengths.append(len(found))
-            sizes.append(len(runs))
-            sources.append(source_number(document))
-        # Numbers of 32 bits: they count shared runs, which would overflow a byte, and there are as many as runs.
-        columns_N, ends = np.frombuffer(columns, np.int32), np.cumsum(lengths)
-        shape = (len(sizes), len(table.runs_W))
-        has = sparse.csr_array((np.ones(len(columns_N), np.int32), columns_N, ends), shape=shape)
-        return cls(has, np.array(sizes, np.int64), np.array(sources, np.uint64))
+    def mostly_shared(self, shared: NDArray[np.int64]) -> NDArray[np.bool_]:
+        """Whether documents with almost no run of their own share half of all their runs, common ones too."""
+        return (self.all >= LEAST) & (self.own < LEAST_OWN * self.all) & (shared >= SHARE * self.all)
+
+
+class _Sources:
+    """Counts from how many sources each run of a table comes."""
+
+    def __init__(self, table: Table) -> None:
+        self._table, self._bits = table, np.uint64(len(table).bit_length())
+        self._common_W = np.zeros(len(table), dtype=bool)
+        self._pairs = np.zeros(0, dtype=np.uint64)
+
+    def _paired(self, runs: NDArray[np.int32], sources: NDArray[np.uint64]) -> NDArray[np.uint64]:
+        # A run, and as much of its source's hash as there is place for beside it: 40 bits and more of a million runs.
+        return runs.astype(np.uint64) << (np.uint64(64) - self._bits) | sources >> self._bits
+
+    def _counted(self, pairs: NDArray[np.uint64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        runs = (pairs >> (np.uint64(64) - self._bits)).astype(np.int64)
+        begins = begins_of(runs)
+        return runs[begins[:-1]], np.diff(begins)
+
+    def add(self, hits: Hits, source_D: NDArray[np.uint64]) -> None:
+        """Count the sources of some documents' runs."""
+        # Of a run that is common already no source counts any more.
+        new = ~self._common_W[hits.run_H]
+        pairs = self._paired(hits.run_H[new], source_D[hits.document_H[new]])
+        self._pairs = distinct(np.concatenate([self._pairs, distinct(pairs)]))
+        runs, numbers = self._counted(self._pairs)
+        if (is_common := numbers > COMMON_SOURCES).any():
+            self._common_W[runs[is_common]] = True
+            self._pairs = self._pairs[np.repeat(~is_common, numbers)]
+
+    def common(self, which_R: NDArray[np.bool_]) -> NDArray[np.bool_]:
+        """Runs that more than :data:`COMMON_SOURCES` sources have, some documents of the table among them ``(W,)``."""
+        common_W, numbers_W = self._common_W.copy(), self._table.documents_of(which_R)
+        runs, numbers = self._counted(self._pairs)
+        numbers_W[runs] += numbers
+        # Only of these can there be enough sources, which are counted once each.
+        maybe = np.flatnonzero((numbers_W > COMMON_SOURCES) & ~common_W).astype(np.int32)
+        which, owner = self._table.owners(maybe)
+        counts = which_R[owner]
+        pairs = self._paired(maybe[which[counts]], self._table.source_R[owner[counts]])
+        is_asked = np.zeros(len(common_W), dtype=bool)
+        is_asked[maybe] = True
+        pairs = distinct(np.concatenate([self._pairs[np.repeat(is_asked[runs], numbers)], pairs]))
+        runs, numbers = self._counted(pairs)
+        common_W[runs[numbers > COMMON_SOURCES]] = True
+        return common_W
 
 
 def near_copies(documents: Sequence[Document], known: Iterable[Document], *, may_contain: bool) -> list[bool]:
@@ -144,10 +119,28 @@ def near_copies(documents: Sequence[Document], known: Iterable[Document], *, may
     """
     if not documents:
         return []
-    table = _Table(documents)
-    new, old = _Texts.of(documents, table), _Texts.of(known, table)
-    sources = np.unique(np.concatenate([new.source_D, old.source_D]))
-    return _Judge(old, _common([new, old], sources)).copies(new, may_contain=may_contain).tolist()
+    table = Table(documents)
+    sources, is_known_W, held = _Sources(table), np.zeros(len(table), dtype=bool), list[Hits]()
+    for part in _parts(known):
+        hits = Hits.of(part, table)
+        sources.add(hits, np.array([source_number(document) for document in part], np.uint64))
+        is_known_W[hits.run_H] = True
+        held.append(hits.chosen(hits.size_D > 0))
+    everybody = np.ones(len(documents), dtype=bool)
+    common_W = sources.common(everybody)
+    new = _Sizes(table.size_R, table.size_R - table.count(common_W))
+    is_copy = new.mostly_shared(table.count(is_known_W))
+    for hits in held:
+        old, (of_old, of_new, shared) = _own(hits, common_W), hits.chosen_runs(~common_W).shared(table)
+        is_copy[of_new[new.reached(of_new, shared)]] = True
+        if not may_contain:
+            is_copy[of_new[old.reached(of_old, shared)]] = True
+    return is_copy.tolist()
+
+
+def _own(hits: Hits, common_W: NDArray[np.bool_]) -> _Sizes:
+    common = np.bincount(hits.document_H[common_W[hits.run_H]], minlength=len(hits.size_D))
+    return _Sizes(hits.size_D, hits.size_D - common)
 
 
 def without_near_copies(
@@ -166,10 +159,8 @@ def without_near_copies(
         DataError: If no training text is left.
     """
     parts = {name: corpus.heldout for name, corpus in corpora.items()} | dict(others or {})
-    held = [document for documents in parts.values() for document in documents]
-    owner = np.array([name for name, documents in parts.items() for _ in documents])
-    table = _Table(held)
-    heldout = _Texts.of(held, table)
+    owner = np.repeat(list(parts), [len(documents) for documents in parts.values()])
+    table = Table(document for documents in parts.values() for document in documents)
     found = {}
     for name, corpus in corpora.items():
         # From the split on, so that calling this again with more held-out text gives the same as one call.
@@ -177,16 +168,7 @@ def without_near_copies(
         # Documents of a spool are in order of hash already, and need not be held.
         if corpus.near_copies or not isinstance(train, SpooledDocuments):
             train = sorted([*corpus.train, *corpus.near_copies], key=lambda document: document.hash)
-        rows = np.flatnonzero(owner == name)
-        held_here = _Texts(heldout.has_DW[rows], heldout.size_D[rows], heldout.source_D[rows])
-        sources = np.unique(np.concatenate([source_numbers(train), held_here.source_D]))
-        # Little text is looked up once; of more, what is shared would fill memory, and it is looked up twice.
-        parts_of = partial(_parts, train, table)
-        trained = list(parts_of()) if summary_of(train).bytes <= PART_BYTES else None
-        # Common runs are those of this distribution alone: another one must not make held-out text "common".
-        common_W = _common(chain([held_here], trained or parts_of()), sources)
-        judge = _Judge(heldout, common_W)
-        copies = np.concatenate([judge.copies(part, may_contain=False) for part in trained or parts_of()])
+        copies = _copies(train, table, owner == name)
         if copies.all():
             raise DataError(
                 f"distributions.{name}: all {len(train)} training documents are near copies of held-out text; let "
@@ -200,68 +182,53 @@ def without_near_copies(
     return found
 
 
-def _parts(documents: Sequence[Document], table: _Table) -> Iterator[_Texts]:
+def _copies(train: Sequence[Document], table: Table, is_here_R: NDArray[np.bool_]) -> NDArray[np.bool_]:
+    """Which training documents are near copies of a table's; ``is_here_R`` are the table's of the same distribution."""
+    source_D, sources, maybe, number = source_numbers(train), _Sources(table), list[Hits](), 0
+    is_held = True
+    for hits in _looked_up(train, table):
+        sources.add(hits, source_D[number : number + len(hits.size_D)])
+        number += len(hits.size_D)
+        maybe.append(_possible(hits, table))
+        is_held = is_held and sum(len(one.run_H) for one in maybe) <= MOST_HITS
+        if not is_held:
+            maybe.clear()
+    # Common runs are those of this distribution alone: another one must not make held-out text "common".
+    common_W = sources.common(is_here_R)
+    held = _Sizes(table.size_R, table.size_R - table.count(common_W))
+    copies = [np.zeros(0, dtype=bool)]
+    for hits in maybe if is_held else _looked_up(train, table):
+        new, (of_new, of_held, shared) = _own(hits, common_W), hits.chosen_runs(~common_W).shared(table)
+        is_copy = new.mostly_shared(np.bincount(hits.document_H, minlength=len(hits.size_D)))
+        is_copy[of_new[new.reached(of_new, shared) | held.reached(of_held, shared)]] = True
+        copies.append(is_copy)
+    return np.concatenate(copies)
+
+
+def _looked_up(train: Sequence[Document], table: Table) -> Iterator[Hits]:
+    return (Hits.of(part, table) for part in _parts(told_of(train, "looking for near copies")))
+
+
+def _possible(hits: Hits, table: Table) -> Hits:
+    """Hits of documents that may be near copies, whatever runs turn out to be common."""
+    shared_D = np.bincount(hits.document_H, minlength=len(hits.size_D))
+    # Without almost all of its runs in the table a document keeps enough of its own.
+    is_possible = (shared_D >= LEAST_SHARED) & (shared_D > (1 - LEAST_OWN) * hits.size_D - 1)
+    of_new, of_held, shared = hits.shared(table)
+    # Fewer runs than these are not half of any tenth.
+    least = SHARE * LEAST_OWN * np.minimum(hits.size_D[of_new], table.size_R[of_held]) - 1
+    is_possible[of_new[shared >= least]] = True
+    return hits.chosen(is_possible)
+
+
+def _parts(documents: Iterable[Document]) -> Iterator[list[Document]]:
     """Documents in parts of so much text that what they share with a table fits into memory."""
     part, num_bytes = list[Document](), 0
-    for document in told_of(documents, "looking for near copies"):
+    for document in documents:
         part.append(document)
         num_bytes += document.num_bytes
         if num_bytes >= PART_BYTES:
-            yield _Texts.of(part, table)
+            yield part
             part, num_bytes = [], 0
     if part:
-        yield _Texts.of(part, table)
-
-
-def _common(texts: Iterable[_Texts], sources: NDArray[np.uint64]) -> NDArray[np.bool_]:
-    """Runs that more than :data:`COMMON_SOURCES` sources have, bool ``(W,)``; ``sources`` are all there are, sorted."""
-    common_W, known = np.zeros(0, dtype=bool), np.zeros(0, dtype=np.uint64)
-    for text in texts:
-        if not len(common_W):
-            common_W = np.zeros(text.has_DW.shape[1], dtype=bool)
-        # A run and a source in one number; of a run that is common already no source counts any more.
-        runs = text.has_DW.indices.astype(np.uint64)
-        places = np.searchsorted(sources, text.source_D).astype(np.uint64)
-        pairs = runs << np.uint64(32) | np.repeat(places, np.diff(text.has_DW.indptr))
-        # Stable, which for two sorted halves is a merge.
-        known = np.concatenate([known, _distinct(pairs[~common_W[runs]])])
-        known.sort(kind="stable")
-        known = known[np.append(True, known[1:] != known[:-1])[: len(known)]]
-        runs = known >> np.uint64(32)
-        begins = np.flatnonzero(np.append(True, runs[1:] != runs[:-1])[: len(runs)])
-        numbers = np.diff(np.append(begins, len(runs)))
-        common_W[runs[begins[numbers > COMMON_SOURCES]]] = True
-        known = known[~common_W[runs]]
-    return common_W
-
-
-class _Judge:
-    """Finds near copies of known documents.
-
-    Args:
-        known: What may be repeated.
-        common_W: Runs that do not count.
-    """
-
-    def __init__(self, known: _Texts, common_W: NDArray[np.bool_]) -> None:
-        self._common_W, self._rare = common_W.astype(np.int32), np.flatnonzero(~common_W)
-        self._known_RW, self._own_R = known.has_DW[:, self._rare], self._own(known)
-        self._size_R = known.size_D
-        self._is_known_W = (np.bincount(known.has_DW.indices, minlength=len(common_W)) > 0).astype(np.int32)
-
-    def _own(self, text: _Texts) -> NDArray[np.int64]:
-        return text.size_D - text.has_DW @ self._common_W
-
-    def copies(self, new: _Texts, *, may_contain: bool) -> NDArray[np.bool_]:
-        """Which new documents are near copies of known ones, bool ``(D,)``; see :func:`near_copies`."""
-        own_D = self._own(new)
-        pairs = (new.has_DW[:, self._rare] @ self._known_RW.T).tocoo()
-        is_copy = np.zeros(len(own_D), dtype=bool)
-        sides = [(own_D, new.size_D, pairs.row), (self._own_R, self._size_R, pairs.col)]
-        for own, size, side in sides[:1] if may_contain else sides:
-            # A document with few runs of its own would share half of them with many others by chance.
-            judged = (own >= LEAST) & (own >= LEAST_OWN * size)
-            is_copy[pairs.row[judged[side] & (pairs.data >= SHARE * own[side])]] = True
-        # New text with almost no run of its own is a copy if half of all its runs, common ones too, are known.
-        shared_D = new.has_DW @ self._is_known_W
-        return is_copy | ((new.size_D >= LEAST) & (own_D < LEAST_OWN * new.size_D) & (shared_D >= SHARE * new.size_D))
+        yield part

@@ -12,20 +12,26 @@ import pytest
 
 from lifelong_moe.config.data import SourceConfig, TokenizerConfig
 from lifelong_moe.data.text import near_copies as module
+from lifelong_moe.data.text import runs
 from lifelong_moe.data.text.documents import Corpus, Document, documents_hash, letters
-from lifelong_moe.data.text.near_copies import FILTER_BITS, _Table, near_copies, ngrams, without_near_copies
+from lifelong_moe.data.text.near_copies import near_copies, without_near_copies
+from lifelong_moe.data.text.runs import FILTER_BITS, Table, ngrams
 from lifelong_moe.data.text.split import build_corpus
 from lifelong_moe.data.tokens.prepare import prepare_data
 from lifelong_moe.errors import DataError
+from tests.unit.data.text import near_copies_reference as reference
 
 SYLLABLES = [a + b for a, b in zip("bcdfghjklmnprstvwxyz", "aeiouaeiouaeiouaeiou", strict=True)]
 LICENCE = "licensed under the terms of the usual licence without any warranty of any kind express or implied " * 3
 
 
-@pytest.fixture(autouse=True, params=[1 << 30, 300], ids=["at once", "in parts"])
+@pytest.fixture(autouse=True, params=["at once", "in parts"])
 def parts(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Text is compared at once or in parts, with the same result."""
-    monkeypatch.setattr(module, "PART_BYTES", request.param)
+    """Text is compared at once or in parts, with the same result; and looked up twice, a few letters at a time."""
+    if request.param == "in parts":
+        monkeypatch.setattr(module, "PART_BYTES", 300)
+        monkeypatch.setattr(module, "MOST_HITS", 50)
+        monkeypatch.setattr(runs, "_AT_ONCE", 30)
 
 
 def words(rng: random.Random, number: int) -> list[str]:
@@ -108,6 +114,31 @@ def test_it_is_the_comparison_of_sets() -> None:
                 documents.append(Document(text, f"{rng.choice('abcdefghijklm')}{side if case % 2 else ''}{i // 2}"))
             both.append(documents)
         assert near_copies(*both, may_contain=False) == by_sets(*both)
+
+
+def test_it_is_the_comparison_by_matrices() -> None:
+    """Many kinds of text at once, of several distributions: by arrays of numbers, and as earlier versions did it."""
+    rng = random.Random(9)
+    for _ in range(12):
+        pool = [" ".join(words(rng, rng.randint(5, 60))) for _ in range(10)]
+        pool += ["日本語" * 9 + str(rng.random()), "ab" * rng.randint(20, 60), LICENCE]
+        corpora = {}
+        for name in "abc":
+            sides = []
+            for number in (rng.randint(2, 40), rng.randint(1, 12)):
+                texts = [" ".join(rng.choices(pool, k=rng.randint(1, 4))) for _ in range(number)]
+                texts = [edited(rng, text, min(rng.randint(0, 6), len(text.split()))) for text in texts]
+                sides.append([Document(text, f"{rng.randint(0, 14)}") for text in texts])
+            sides[0].append(Document(" ".join(words(rng, 80)), "own"))
+            corpora[name] = corpus_of(*sides, name=name)
+        others = {"gone": [Document(rng.choice(pool), "gone")]}
+        found, expected = (one.without_near_copies(corpora, others) for one in (module, reference))
+        assert found == expected
+        assert [one.near_copies for one in found.values()] == [one.near_copies for one in expected.values()]
+        for may_contain in (False, True):
+            sides_of_a = corpora["a"].train, [*corpora["b"].train, *corpora["c"].heldout]
+            judged = (one.near_copies(*sides_of_a, may_contain=may_contain) for one in (module, reference))
+            assert next(judged) == next(judged)
 
 
 def test_two_edits_and_every_tenth_word_are_found_and_new_text_is_not() -> None:
@@ -237,7 +268,11 @@ def test_new_text_of_nothing_but_what_is_common_is_no_loss() -> None:
 
 
 def test_a_run_beyond_all_of_a_table_is_not_in_it() -> None:
-    table = _Table([Document("abcdefghijklmnop", "")])  # a single run
+    table = Table([Document("abcdefghijklmnop", "")])  # a single run
     (run,) = table.runs_W
-    others = run + (np.arange(1, 5, dtype=np.uint64) << np.uint64(FILTER_BITS))  # with the same low bits, some beyond
-    assert table.places(np.array([run])).tolist() == [0] and table.places(np.sort(others)).tolist() == []
+    others = run + (
+        np.arange(1, 5, dtype=np.uint64) << np.uint64(FILTER_BITS[1])
+    )  # with the same low bits, some beyond
+    for sought, found in (([run], [0]), (np.sort(others), [])):
+        which, places = table.places(np.array(sought))
+        assert which.tolist() == places.tolist() == found

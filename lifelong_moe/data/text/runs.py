@@ -1,0 +1,261 @@
+"""Runs of letters, and which documents have which of them, in compact arrays of numbers.
+
+A table holds the distinct runs of some documents. Others are looked up in it many documents at a time: every run is
+hashed in place, and a filter of bits tells of most that the table does not have them.
+
+Legend: D documents, R documents of the table, W its distinct runs, H runs found in documents, N all of some letters.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lifelong_moe.data.text.documents import SHORT_TEXT, Document, letters
+from lifelong_moe.data.text.spool import source_number
+
+NGRAM = 16
+"""Letters of a run, a power of 2: three or four words. A word that was changed costs about 20 runs."""
+LEAST = SHORT_TEXT - NGRAM + 1
+"""Runs below which a document is too short: only equal ones are found, see ``normalized_hash``."""
+LEAST_SHARED = (LEAST + 1) // 2
+"""Runs that near copies share at least: half of :data:`LEAST`."""
+_MULTIPLIERS = (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB, 0xD6E8FEB86659FD93, 0xA0761D6478BD642F)
+"""Odd numbers of 64 bits: the first hashes letters, each other one joins two halves of a run."""
+FILTER_BITS = (16, 27)
+"""Least and most low bits of a hash that index the filter of a table, a bit for each value: at most 16 MiB."""
+_AT_ONCE = 1 << 16
+"""Letters hashed together: what is computed of them stays in a processor's cache."""
+_BUCKETS = 16
+"""Parts of a table, by the first bits of a hash, which are sorted one after the other."""
+
+
+def ngrams(text: str) -> NDArray[np.uint64]:
+    """Hashes of every run of :data:`NGRAM` letters and digits, sorted, each once, uint64 ``(n,)``.
+
+    A run of 2k letters is hashed from its halves, so four passes over the text make all runs of 16. The hashes are the
+    same everywhere; two of a billion different runs share one with a probability of 3 %.
+    """
+    return distinct(_hashes(letters(text)))
+
+
+def _hashes(plain: str) -> NDArray[np.uint64]:
+    """Hashes of every run of letters, in their order."""
+    if plain.isascii():
+        hashes = _OF_ASCII[np.frombuffer(plain.encode("ascii"), dtype=np.uint8)]
+    else:
+        # UTF-32, so that each letter is one number in every script.
+        hashes = _of_letters(np.frombuffer(plain.encode("utf-32-le"), dtype="<u4").astype(np.uint64))
+    if len(hashes) < NGRAM:
+        return hashes[:0]
+    for i, half in enumerate((1, 2, 4, 8), 1):
+        joined = hashes[:-half] * np.uint64(_MULTIPLIERS[i])
+        joined += hashes[half:]
+        joined ^= joined >> np.uint64(31)  # high bits, in which a product is best, must reach the low ones
+        hashes = joined
+    return hashes
+
+
+def _of_letters(codes: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    hashes = (codes + np.uint64(1)) * np.uint64(_MULTIPLIERS[0])
+    return hashes ^ (hashes >> np.uint64(31))
+
+
+_OF_ASCII = _of_letters(np.arange(128, dtype=np.uint64))
+
+
+def distinct(numbers: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    """Sorted distinct numbers, three times faster than ``np.unique``."""
+    ordered = np.sort(numbers)
+    return ordered[_is_first(ordered)]
+
+
+def _is_first(ordered: NDArray[np.integer]) -> NDArray[np.bool_]:
+    """Which of some sorted numbers differ from the one before."""
+    first = np.ones(len(ordered), dtype=bool)
+    np.not_equal(ordered[1:], ordered[:-1], out=first[1:])
+    return first
+
+
+def begins_of(ordered: NDArray[np.integer]) -> NDArray[np.int64]:
+    """Where each different one of some sorted numbers begins; and their number, at the end."""
+    return np.append(np.flatnonzero(_is_first(ordered)), len(ordered))
+
+
+class Table:
+    """The distinct runs of some documents, sorted, and who has which: 12 bytes a run, and more where two have it.
+
+    Args:
+        documents: They are read once, and not held.
+    """
+
+    def __init__(self, documents: Iterable[Document]) -> None:
+        sizes, sources = array("q"), array("Q")
+        hashes, owners = ([array(code) for _ in range(_BUCKETS)] for code in "Qi")
+        shift = np.uint64(64 - _BUCKETS.bit_length() + 1)
+        for number, document in enumerate(documents):
+            runs = ngrams(document.text)
+            ends = np.searchsorted(runs >> shift, np.arange(_BUCKETS, dtype=np.uint64), side="right").tolist()
+            for bucket, (begin, end) in enumerate(zip([0, *ends], ends, strict=False)):
+                hashes[bucket].frombytes(runs[begin:end].tobytes())
+                owners[bucket].frombytes(np.full(end - begin, number, np.int32).tobytes())
+            sizes.append(len(runs))
+            sources.append(source_number(document))
+        self.size_R = np.array(sizes, np.int64)
+        """Runs of each document."""
+        self.source_R = np.array(sources, np.uint64)
+        """A hash of each document's source, of 64 bits."""
+        most, number = sum(map(len, hashes)), 0
+        # Memory that is not written to is not taken, and each bucket is given back before the next is sorted.
+        self.runs_W = np.empty(most, np.uint64)
+        self._first_W = np.empty(most, np.int32)
+        """The first document that has a run; further ones are told by the two that follow, in order of run."""
+        again: list[tuple[NDArray[np.int32], NDArray[np.int32]]] = []
+        for bucket in range(_BUCKETS):
+            runs, owner = np.array(hashes[bucket], np.uint64), np.array(owners[bucket], np.int32)
+            hashes[bucket], owners[bucket] = array("Q"), array("i")
+            order = np.argsort(runs, kind="stable")
+            runs, owner = runs[order], owner[order]
+            is_first = _is_first(runs)
+            places = (np.cumsum(is_first) - 1 + number).astype(np.int32)
+            end = number + int(is_first.sum())
+            self.runs_W[number:end], self._first_W[number:end] = runs[is_first], owner[is_first]
+            again.append((places[~is_first], owner[~is_first]))
+            number = end
+        self.runs_W, self._first_W = self.runs_W[:number], self._first_W[:number]
+        self._again_run, self._again_document = (np.concatenate(column) for column in zip(*again, strict=True))
+        bits = min(max((16 * number).bit_length(), FILTER_BITS[0]), FILTER_BITS[1])
+        self._low = np.uint64((1 << bits) - 1)
+        self._filter = np.zeros(1 << (bits - 3), dtype=np.uint8)
+        for part in np.array_split(self.runs_W, 1 + number // _AT_ONCE):
+            low = (part & self._low).astype(np.int64)
+            np.bitwise_or.at(self._filter, low >> 3, np.left_shift(1, low & 7).astype(np.uint8))
+
+    def __len__(self) -> int:
+        return len(self.runs_W)
+
+    def places(self, hashes: NDArray[np.uint64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Which of some runs are in the table, and which of its runs they are."""
+        # Most runs are not in the table, and reading one bit is cheaper than a search.
+        low = (hashes & self._low).view(np.int64)
+        bytes_N = self._filter[low >> 3]
+        which = np.flatnonzero((bytes_N >> (low & 7).astype(np.uint8)) & 1)
+        sought = hashes[which]
+        # Equal parts of the table are read together when what is sought is in order.
+        order = np.argsort(sought)
+        which, sought = which[order], sought[order]
+        found = np.searchsorted(self.runs_W, sought)
+        # `searchsorted` puts what exceeds all runs one past the end; the next line compares and drops it.
+        found[found == len(self.runs_W)] = 0
+        is_there = self.runs_W[found] == sought if len(self.runs_W) else np.zeros(len(found), dtype=bool)
+        return which[is_there], found[is_there]
+
+    def owners(self, run_H: NDArray[np.int32]) -> tuple[NDArray[np.int64], NDArray[np.int32]]:
+        """Documents that have some runs: which of the runs, and which document."""
+        begins, ends = (np.searchsorted(self._again_run, run_H, side) for side in ("left", "right"))
+        numbers = ends - begins
+        which = np.repeat(np.arange(len(run_H)), numbers)
+        further = np.arange(len(which)) - np.repeat(np.cumsum(numbers) - numbers, numbers) + np.repeat(begins, numbers)
+        return (
+            np.concatenate([np.arange(len(run_H)), which]),
+            np.concatenate([self._first_W[run_H], self._again_document[further]]),
+        )
+
+    def count(self, is_counted_W: NDArray[np.bool_]) -> NDArray[np.int64]:
+        """How many of the runs that a mask says each document has ``(R,)``."""
+        number = len(self.size_R)
+        first = np.bincount(self._first_W[is_counted_W], minlength=number)
+        return first + np.bincount(self._again_document[is_counted_W[self._again_run]], minlength=number)
+
+    def documents_of(self, which_R: NDArray[np.bool_]) -> NDArray[np.int32]:
+        """By how many of some documents each run is had ``(W,)``."""
+        numbers = which_R[self._first_W].astype(np.int32)
+        runs = self._again_run[which_R[self._again_document]]
+        begins = begins_of(runs)
+        numbers[runs[begins[:-1]]] += np.diff(begins).astype(np.int32)
+        return numbers
+
+
+@dataclass(frozen=True)
+class Hits:
+    """Runs of a table that documents have."""
+
+    document_H: NDArray[np.int64]
+    """Ascending."""
+    run_H: NDArray[np.int32]
+    """Ascending within a document, each once."""
+    size_D: NDArray[np.int64]
+    """Distinct runs of each document, others than the table's too; 0 of one with fewer than :data:`LEAST_SHARED` hits,
+    which is a near copy of nothing."""
+
+    @classmethod
+    def of(cls, documents: Iterable[Document], table: Table) -> Hits:
+        """Look up every run of some documents."""
+        keys, sizes = [np.zeros(0, np.uint64)], array("q")
+        for texts in _batches(letters(document.text) for document in documents):
+            keys.append(_keys(texts, table) + np.uint64(len(sizes) << 32))
+            sizes.extend(_sizes(texts, keys[-1], len(sizes)))
+        key_H = np.concatenate(keys)
+        numbers = (key_H >> np.uint64(32)).astype(np.int64), (key_H & np.uint64(0xFFFFFFFF)).astype(np.int32)
+        return cls(*numbers, np.array(sizes, np.int64))
+
+    def chosen(self, is_chosen_D: NDArray[np.bool_]) -> Hits:
+        """Those of some documents, whose numbers stay what they are."""
+        is_chosen_H = is_chosen_D[self.document_H]
+        return Hits(self.document_H[is_chosen_H], self.run_H[is_chosen_H], self.size_D)
+
+    def chosen_runs(self, is_chosen_W: NDArray[np.bool_]) -> Hits:
+        """Those of some runs."""
+        is_chosen_H = is_chosen_W[self.run_H]
+        return Hits(self.document_H[is_chosen_H], self.run_H[is_chosen_H], self.size_D)
+
+    def shared(self, table: Table) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
+        """Documents, documents of the table, and how many runs they share, where these are enough for near copies."""
+        which, owner = table.owners(self.run_H)
+        pairs = np.sort(self.document_H[which] << 32 | owner)
+        begins = begins_of(pairs)
+        numbers = np.diff(begins)
+        is_enough = numbers >= LEAST_SHARED
+        pairs = pairs[begins[:-1][is_enough]]
+        return pairs >> 32, pairs & 0xFFFFFFFF, numbers[is_enough]
+
+
+def _batches(texts: Iterable[str]) -> Iterator[list[str]]:
+    """Texts that are hashed together."""
+    batch, number = list[str](), 0
+    for text in texts:
+        batch.append(text)
+        number += len(text)
+        if number >= _AT_ONCE:
+            yield batch
+            batch, number = [], 0
+    if batch:
+        yield batch
+
+
+def _keys(texts: Sequence[str], table: Table) -> NDArray[np.uint64]:
+    """Number of a text times 2**32, and of a run of the table that it has: sorted, each once."""
+    joined, ends = "".join(texts), np.cumsum([len(text) for text in texts])
+    found = [np.zeros(0, np.uint64)]
+    # A long text is hashed in parts, which overlap by what the last runs of each need.
+    for start in range(0, max(1, len(joined) - NGRAM + 1), 4 * _AT_ONCE):
+        which, runs = table.places(_hashes(joined[start : start + 4 * _AT_ONCE + NGRAM - 1]))
+        which += start
+        numbers = np.searchsorted(ends, which, side="right")
+        # What reaches from one text into the next is no run of either.
+        within = which + NGRAM <= ends[numbers]
+        found.append(numbers[within].astype(np.uint64) << np.uint64(32) | runs[within].astype(np.uint64))
+    return distinct(np.concatenate(found))
+
+
+def _sizes(texts: Sequence[str], keys: NDArray[np.uint64], start: int) -> list[int]:
+    """See :attr:`Hits.size_D`; ``start`` is the number of the first text in the keys."""
+    hits = np.bincount((keys >> np.uint64(32)).astype(np.int64) - start, minlength=len(texts))
+    return [
+        len(distinct(_hashes(text))) if number >= LEAST_SHARED else 0
+        for text, number in zip(texts, hits.tolist(), strict=True)
+    ]
