@@ -5,11 +5,13 @@ Shapes: N tokens of the stream, V vocabulary size, D width.
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
+from lifelong_moe.clustering.batches import TokenIds
 from lifelong_moe.clustering.kmeans import Floats, one_thread, unit_rows
 from lifelong_moe.errors import DataError
 
@@ -18,19 +20,20 @@ if TYPE_CHECKING:
 
 SMOOTHING = 0.75
 """Exponent on context counts; without it rare contexts get the largest mutual information."""
+PIECE_TOKENS = 1 << 20
+"""Tokens whose pairs are counted at a time; bounds memory."""
 
 
-def token_embedding(
-    token_stream: NDArray[np.integer], vocab_size: int, width: int, *, seed: int, window: int = 4
-) -> Floats:
+def token_embedding(parts: Sequence[TokenIds], vocab_size: int, width: int, *, seed: int, window: int = 4) -> Floats:
     """Embed each token of the vocabulary by what stands near it.
 
     Positive pointwise mutual information ``max(0, ln(P(w, c) / (P(w) · P_0.75(c))))`` over a symmetric window, then a
     truncated SVD, rows ``U · sqrt(S)`` normalized.
 
     Args:
-        token_stream: Token ids in order, integer ``(N,)``. Borders between documents are not known here; a pair across
-            one is noise of ``window / document length``.
+        parts: Token ids in order, one stream in consecutive parts, integer ``(n,)`` each. They may be mapped files:
+            a piece is in memory at a time. Borders between documents are not known here; a pair across one is noise
+            of ``window / document length``.
         vocab_size: V.
         width: D. Columns beyond the vocabulary's size are zeros.
         seed: Of the randomized SVD and of the rows of tokens that were not seen.
@@ -51,11 +54,9 @@ def token_embedding(
 
     if width < 1 or window < 1:
         raise ValueError(f"width and window must be at least 1, got {width} and {window}")
-    if len(token_stream) < 2:
-        raise DataError(f"token embeddings need at least two tokens, but the stream holds {len(token_stream)}.")
-    if token_stream.min() < 0 or token_stream.max() >= vocab_size:
-        raise ValueError(f"token ids must be in [0, {vocab_size}), got {token_stream.min()} to {token_stream.max()}")
-    information_VV = _ppmi(_pair_counts(token_stream.astype(np.int64), vocab_size, window))
+    if (total := sum(map(len, parts))) < 2:
+        raise DataError(f"token embeddings need at least two tokens, but the stream holds {total}.")
+    information_VV = _ppmi(_pair_counts(parts, vocab_size, window))
     embedding_VD = np.zeros((vocab_size, width))
     if information_VV.nnz:
         with one_thread():
@@ -69,16 +70,36 @@ def token_embedding(
     return unit_rows(np.where(embedding_VD.any(axis=1, keepdims=True), embedding_VD, random_VD))
 
 
-def _pair_counts(token_ids_N: NDArray[np.int64], vocab_size: int, window: int) -> csr_array:
+def _pair_counts(parts: Iterable[TokenIds], vocab_size: int, window: int) -> csr_array:
     """How often two tokens stand at most ``window`` apart, float64 sparse ``(V, V)``, symmetric."""
     from scipy.sparse import coo_array, csr_array
 
     total_VV = csr_array((vocab_size, vocab_size), dtype=np.float64)
-    for distance in range(1, min(window, len(token_ids_N) - 1) + 1):
-        pairs = (token_ids_N[:-distance], token_ids_N[distance:])
-        total_VV = total_VV + coo_array((np.ones(len(pairs[0])), pairs), shape=(vocab_size, vocab_size)).tocsr()
+    before = np.zeros(0, np.int64)  # what precedes a piece, as far as the window reaches
+    for piece in pieces(parts, vocab_size):
+        ids = np.concatenate([before, piece])
+        for distance in range(1, min(window, len(ids) - 1) + 1):
+            # Each pair is counted once, in the piece of its right token; sums of ones are exact in any order.
+            first = max(len(before), distance)
+            pairs = (ids[first - distance : len(ids) - distance], ids[first:])
+            total_VV = total_VV + coo_array((np.ones(len(pairs[0])), pairs), shape=(vocab_size, vocab_size)).tocsr()
+        before = ids[-window:]
     # Counted to the right; the window is symmetric.
     return csr_array(total_VV + total_VV.T)
+
+
+def pieces(parts: Iterable[TokenIds], vocab_size: int) -> Iterator[NDArray[np.int64]]:
+    """Token ids a piece at a time, so that mapped files are never in memory as a whole.
+
+    Raises:
+        ValueError: If a token id is outside the vocabulary.
+    """
+    for part in parts:
+        for begin in range(0, len(part), PIECE_TOKENS):
+            piece = part[begin : begin + PIECE_TOKENS].astype(np.int64)
+            if piece.min() < 0 or piece.max() >= vocab_size:
+                raise ValueError(f"token ids must be in [0, {vocab_size}), got {piece.min()} to {piece.max()}")
+            yield piece
 
 
 def _ppmi(pairs_VV: csr_array) -> csr_array:

@@ -13,10 +13,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from lifelong_moe.clustering.balanced import balanced_kmeans
+from lifelong_moe.clustering.batches import TokenIds
 from lifelong_moe.clustering.documents import document_features, evenly_spread, fit_tfidf
 from lifelong_moe.clustering.kmeans import assign, spherical_kmeans, unit_rows
 from lifelong_moe.clustering.tables import balanced_table
-from lifelong_moe.clustering.tokens import token_embedding
+from lifelong_moe.clustering.tokens import pieces, token_embedding
 from lifelong_moe.clustering.unigrams import fit_unigrams
 from lifelong_moe.config.routing.base import Centroids, HashTable, Level
 from lifelong_moe.config.routing.routers import ClusterConfig, HashConfig
@@ -31,7 +32,7 @@ FIT_DOCUMENTS = 4096
 
 
 def fit_token_clusters(
-    model: LanguageModel, stream: NDArray[np.integer], sample: Mapping[str, Tensor], seed: int
+    model: LanguageModel, parts: Sequence[TokenIds], sample: Mapping[str, Tensor], seed: int
 ) -> None:
     """Fit the newest centroids of every layer; older centroids stay fixed, and keep the points nearest to them.
 
@@ -41,7 +42,8 @@ def fit_token_clusters(
 
     Args:
         model: Its newest centroids are not fitted yet.
-        stream: Token ids of the stage's training text; the first stage's determine the frozen embedding.
+        parts: Token ids of the stage's training text, in consecutive parts; the first stage's determine the frozen
+            embedding.
         sample: Blocks of it, for hidden states.
         seed: For the embedding and every clustering.
     """
@@ -50,9 +52,9 @@ def fit_token_clusters(
     if routing.clusters_embedding:
         table: Tensor = model.token_features  # type: ignore[assignment]
         if not bool(table.any()):  # only in the first stage: later ones keep its embedding
-            fitted = token_embedding(stream, len(table), routing.feature_width, seed=seed)
+            fitted = token_embedding(parts, len(table), routing.feature_width, seed=seed)
             table[:, : fitted.shape[1]] = torch.from_numpy(fitted)
-        features_NF = table[torch.from_numpy(stream[: routing.sample_tokens].astype(np.int64))].cpu().numpy()
+        features_NF = table[torch.from_numpy(_first(parts, routing.sample_tokens))].cpu().numpy()
     for i, layer in enumerate(model.moe_layers()):
         router = layer.router
         assert isinstance(router, TokenClusterRouter)
@@ -71,12 +73,12 @@ def fit_token_clusters(
         router.set_rows(torch.from_numpy(centroids))
 
 
-def fit_token_tables(model: LanguageModel, stream: NDArray[np.integer], seed: int) -> None:
+def fit_token_tables(model: LanguageModel, parts: Sequence[TokenIds], seed: int) -> None:
     """Assign each token id to a bucket, in one table per number of experts; later stages keep the tables.
 
     Args:
         model: With ``routing.table`` other than ``random``.
-        stream: Token ids of the first stage's training text.
+        parts: Token ids of the first stage's training text, in consecutive parts.
         seed: For embedding and clustering.
     """
     routing, vocab_size = model.architecture.routing, model.architecture.vocab_size
@@ -85,9 +87,11 @@ def fit_token_tables(model: LanguageModel, stream: NDArray[np.integer], seed: in
     if any(bool(buckets.any()) for buckets in tables.values()):
         return
     if routing.table == HashTable.balanced:
-        counts_V = np.bincount(stream, minlength=vocab_size)
+        counts_V = np.zeros(vocab_size, np.int64)
+        for piece in pieces(parts, vocab_size):
+            counts_V += np.bincount(piece, minlength=vocab_size)
     else:
-        embedded_VF = token_embedding(stream, vocab_size, routing.feature_width, seed=seed)
+        embedded_VF = token_embedding(parts, vocab_size, routing.feature_width, seed=seed)
     for num, buckets in tables.items():
         if routing.table == HashTable.balanced:
             table = balanced_table(counts_V, num)
@@ -146,7 +150,7 @@ def fit_document_clusters(model: LanguageModel, documents: Sequence[NDArray[np.i
 def fit_clusters(
     model: LanguageModel,
     documents: Sequence[NDArray[np.integer]],
-    stream: NDArray[np.integer],
+    parts: Sequence[TokenIds],
     sample: Mapping[str, Tensor],
     seed: int,
 ) -> None:
@@ -155,6 +159,14 @@ def fit_clusters(
     if routing.by_document:
         fit_document_clusters(model, documents, seed)
     if routing.has_table:
-        fit_token_tables(model, stream, seed)
+        fit_token_tables(model, parts, seed)
     if isinstance(routing, ClusterConfig) and routing.level == Level.token:
-        fit_token_clusters(model, stream, sample, seed)
+        fit_token_clusters(model, parts, sample, seed)
+
+
+def _first(parts: Sequence[TokenIds], num: int) -> NDArray[np.int64]:
+    """The first ``num`` tokens of all parts, or all that there are."""
+    found = np.zeros(0, np.int64)
+    for part in parts:
+        found = np.concatenate([found, part[: num - len(found)].astype(np.int64)])
+    return found

@@ -17,7 +17,6 @@ from __future__ import annotations
 import shutil
 from collections.abc import Iterator
 
-import numpy as np
 import torch
 
 from lifelong_moe.config.growth import FrozenWeights
@@ -154,4 +153,4 @@ def _fit_clusters(model: LanguageModel, run: StageRun) -> None:
     documents = ShardDocuments([corpus.train for corpus in corpora])
     # Centroids are fitted on a prefix of the stream, so every distribution's share comes before any of the rest.
     heads, rests = [c.train.tokens[:share] for c in corpora], [c.train.tokens[share:] for c in corpora]
-    fit_clusters(model, documents, np.concatenate([*heads, *rests]), sample, run.seed)
+    fit_clusters(model, documents, [*heads, *rests], sample, run.seed)

@@ -156,7 +156,7 @@ projection = documents.fit_tfidf(texts, 500, 16, seed=0)
 features = documents.document_features(texts, projection)
 centroids, labels = balanced.balanced_kmeans(features, 4, seed=0)
 grown = kmeans.spherical_kmeans(features, 3, seed=0, fixed_KD=centroids)
-embedding = tokens.token_embedding(ids, 500, 16, seed=0)
+embedding = tokens.token_embedding([ids], 500, 16, seed=0)
 prefixes = documents.prefix_features([ids], projection, 64)
 assigned = kmeans.assign(prefixes, np.concatenate([centroids, grown]))
 for array in (projection, centroids, labels, grown, embedding, prefixes, assigned):

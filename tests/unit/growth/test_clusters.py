@@ -37,7 +37,7 @@ def unfitted(architecture: Architecture) -> LanguageModel:
 
 
 def fit(model: LanguageModel, documents: list[NDArray[np.int64]], sample: dict[str, Tensor], seed: int = 0) -> None:
-    fit_clusters(model, documents, np.concatenate(documents), sample, seed)
+    fit_clusters(model, documents, documents, sample, seed)
 
 
 def fitted_buffers(model: LanguageModel) -> dict[str, Tensor]:
@@ -229,7 +229,7 @@ def test_a_balanced_table_is_balanced_in_every_layer(make_architecture: MakeArch
     made = make_architecture("hash", model={"experts": experts}, routing={**TABLE, "table": HashTable.balanced})
     made = replace(made, generations=(Generation("s0", max(experts), (0, 1), by_layer=tuple(experts)),))
     model, stream = unfitted(made).eval(), text_of_many_frequencies()
-    fit_clusters(model, [], stream, {}, 0)
+    fit_clusters(model, [], [stream], {}, 0)
     counts = np.bincount(stream, minlength=61)
     routings = model(TokenBatch(torch.from_numpy(stream).unsqueeze(0))).routings
     for num, routing in zip(experts, routings, strict=True):
@@ -240,7 +240,7 @@ def test_a_balanced_table_is_balanced_in_every_layer(make_architecture: MakeArch
     again.load_state_dict(model.state_dict(), strict=True)
     tables = {name: table.clone() for name, table in again.named_buffers() if "token_buckets" in name}
     assert len(tables) == len(set(experts))
-    fit_clusters(again, [], stream[:5], {}, 0)  # a later stage finds them as they are
+    fit_clusters(again, [], [stream[:5]], {}, 0)  # a later stage finds them as they are
     assert all(torch.equal(dict(again.named_buffers())[name], table) for name, table in tables.items())
 
 
@@ -248,7 +248,7 @@ def test_a_clustered_table_has_a_clustering_for_each_number(make_architecture: M
     made = make_architecture("hash", routing={**TABLE, "table": HashTable.clustered})
     made = replace(made, generations=(Generation("s0", 4, (0, 1), by_layer=(3, 4)),))
     model = unfitted(made)
-    fit_clusters(model, [], text_of_many_frequencies(), {}, 0)
+    fit_clusters(model, [], [text_of_many_frequencies()], {}, 0)
     of_three, of_four = (getattr(model, name) for name in ("token_buckets_3", "token_buckets"))
     assert set(of_three.tolist()) == {0, 1, 2} and set(of_four.tolist()) == {0, 1, 2, 3}
     assert not torch.equal(of_three, of_four % 3)
