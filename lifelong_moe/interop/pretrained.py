@@ -14,6 +14,7 @@ from lifelong_moe.interop.checkpoint import architecture_of, begin_unread, not_z
 from lifelong_moe.interop.layout.folder import Checkpoint, opened
 from lifelong_moe.interop.layout.safetensors import Extent
 from lifelong_moe.model.transformer import LanguageModel
+from lifelong_moe.ops.initializers import give_memory, without_memory
 
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 CHUNK = 1 << 18
@@ -71,13 +72,9 @@ def empty_model(checkpoint: Checkpoint, stage: str) -> LanguageModel:
     kinds = {DTYPES[kind] for kind in checkpoint.dtypes}
     # Neither half holds the other's numbers.
     dtype = kinds.pop() if len(kinds) == 1 else torch.float32
-    # Without memory at first, so that no time goes into numbers that are replaced. A learned router has no buffers,
-    # which would be lost.
-    with torch.device("meta"):
+    with without_memory():
         model = LanguageModel(architecture_of(checkpoint.family, stage)).to(dtype)
-    model.to_empty(device="cpu")
-    if checkpoint.model.tie_embeddings:  # two tensors of one memory are two here
-        model.head.weight = model.embedding.weight
+    give_memory(model)
     return model
 
 

@@ -1,11 +1,15 @@
-"""How matrices begin where a system's authors say so."""
+"""How tensors begin: as a system's authors say, or without numbers and memory where a checkpoint will fill them."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 
 def fan_in_normal_(weight: Tensor, scale: float, generator: torch.Generator | None = None) -> None:
@@ -28,3 +32,41 @@ def fan_in_normal_(weight: Tensor, scale: float, generator: torch.Generator | No
     nn.init.trunc_normal_(drawn, std=deviation, a=-2 * deviation, b=2 * deviation, generator=generator)
     with torch.no_grad():
         weight.copy_(drawn)
+
+
+@contextmanager
+def without_memory() -> Iterator[None]:
+    """Context in which modules are made without memory for their tensors; see :func:`give_memory`."""
+    with torch.device("meta"), _Undrawn():
+        yield
+
+
+def give_memory(model: nn.Module) -> None:
+    """Give each tensor that has no memory some on the CPU, whatever stands there; what is one tensor stays one.
+
+    A tensor that has memory keeps its numbers: those that no checkpoint stores are made with ``device="cpu"``.
+    """
+    made: dict[Tensor, Tensor] = {}
+    for module in model.modules():
+        for held in (module._parameters, module._buffers):
+            for name, tensor in held.items():
+                if tensor is None or not tensor.is_meta:
+                    continue
+                if tensor not in made:
+                    empty = torch.empty_like(tensor, device="cpu")
+                    is_parameter = isinstance(tensor, nn.Parameter)
+                    made[tensor] = nn.Parameter(empty, requires_grad=tensor.requires_grad) if is_parameter else empty
+                held[name] = made[tensor]
+
+
+class _Undrawn(TorchFunctionMode):
+    """Context in which ``nn.init`` draws nothing; without memory to draw into, it would still import the compiler."""
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        """Call the function, unless it would draw."""
+        given = dict(kwargs or {})
+        if getattr(func, "__module__", None) == torch.nn.init.__name__:
+            return given["tensor"] if "tensor" in given else args[0]
+        return func(*args, **given)

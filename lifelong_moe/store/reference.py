@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from pathlib import Path
+from typing import TYPE_CHECKING, BinaryIO, Literal
 
 from lifelong_moe.config.data import BaseConfig
 from lifelong_moe.errors import ConfigError, CorruptError
@@ -16,9 +17,11 @@ from lifelong_moe.redaction import redact
 from lifelong_moe.storage.grammars import FileName
 from lifelong_moe.storage.keys import content_key, text_sha256
 from lifelong_moe.storage.plain import PlainError
+from lifelong_moe.storage.tensors import DTYPES, fill
 from lifelong_moe.storage.verified import Entry, verify_files
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
 REFERENCE = "reference.json"
@@ -100,11 +103,22 @@ def refer(checkpoint: Checkpoint, base: BaseConfig, shapes: Mapping[str, tuple[i
     )
 
 
-def read_referred(reference: Reference, config: str | None, sha256: object, source: str) -> dict[str, Tensor]:
-    """Read the tensors, from files that are verified before and while they are read.
+def referred_forms(reference: Reference) -> dict[str, Tensor]:
+    """The tensors without memory, on the device ``meta``."""
+    import torch
+
+    dtype = getattr(torch, DTYPES[reference.dtype])
+    return {name: torch.empty(one.shape, dtype=dtype, device="meta") for name, one in reference.tensors.items()}
+
+
+def read_referred(
+    reference: Reference, targets: Mapping[str, Tensor], config: str | None, sha256: object, source: str
+) -> None:
+    """Read tensors, from files that are verified before and while they are read.
 
     Args:
         reference: Of a stage.
+        targets: Contiguous tensors on the CPU by name, into which their numbers are read.
         config: The ``config.json`` that the stage keeps of the checkpoint.
         sha256: Hash of the checkpoint, which the stage's key contains.
         source: What messages call the reference.
@@ -124,16 +138,18 @@ def read_referred(reference: Reference, config: str | None, sha256: object, sour
         raise CorruptError(f"{source}: {error}") from None
     sizes = {name: entry.bytes for name, entry in reference.files.items()}
     files = verify_files(referred_folder(str(sha256), base, sizes), reference.files, source)
-    dtypes = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-    found = {name: torch.empty(one.shape, dtype=dtypes[reference.dtype]) for name, one in reference.tensors.items()}
     for file in reference.files:
         with files.opened(file) as path, path.open("rb") as opened:
-            for name, one in reference.tensors.items():
-                for part, piece in zip(found[name].view(-1).chunk(len(one.pieces)), one.pieces, strict=True):
-                    if piece.file != file:
-                        continue
-                    stored = torch.empty(len(part), dtype=dtypes[piece.dtype])
-                    opened.seek(piece.start)
-                    opened.readinto(stored.view(torch.uint8).numpy().data)
-                    part.copy_(stored)
-    return found
+            for name, target in targets.items():
+                pieces = reference.tensors[name].pieces
+                for part, piece in zip(target.view(-1).chunk(len(pieces)), pieces, strict=True):
+                    if piece.file == file:
+                        opened.seek(piece.start)
+                        _fill(part, opened, getattr(torch, DTYPES[piece.dtype]), files.path / file, name)
+
+
+def _fill(part: Tensor, file: BinaryIO, dtype: torch.dtype, path: Path, name: str) -> None:
+    try:
+        fill(part, file, dtype)
+    except CorruptError as error:
+        raise CorruptError(f"{path}: {name} {error}") from None

@@ -13,8 +13,6 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from safetensors import SafetensorError, safe_open
-
 from lifelong_moe.data.tokens.tokenizer import Tokenizer
 from lifelong_moe.errors import CorruptError
 from lifelong_moe.interop.layout.folder import CONFIG as CHECKPOINT_CONFIG
@@ -26,10 +24,11 @@ from lifelong_moe.storage.plain import from_plain, require_same
 from lifelong_moe.storage.remembered import VERIFIED, Remembered
 from lifelong_moe.storage.signing import SigningKeys, signed_by
 from lifelong_moe.storage.stored import naming, parse_json
+from lifelong_moe.storage.tensors import forms_of, load_weights, names_of, read_into
 from lifelong_moe.storage.verified import VerifiedDirectory, verify_directory
 from lifelong_moe.store.checks import measured, require_own_key
 from lifelong_moe.store.record import StageRecord
-from lifelong_moe.store.reference import REFERENCE, Reference, read_referred
+from lifelong_moe.store.reference import REFERENCE, Reference, read_referred, referred_forms
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -176,13 +175,37 @@ class StageStore:
         Raises:
             CorruptError: If a file is damaged, or a borrowed tensor is not with its holder.
         """
-        tensors = self._weights(stage.key)
+        return self._gathered(stage, self._weights)
+
+    def forms(self, stage: CommittedStage) -> dict[str, Tensor]:
+        """The same without memory, on the device ``meta``: names, kinds and shapes alone are read."""
+        return self._gathered(stage, self._forms)
+
+    def read_into(self, stage: CommittedStage, targets: Mapping[str, Tensor]) -> None:
+        """Read tensors of a stage's model into memory that is there: none is held twice, whoever holds it.
+
+        Args:
+            stage: The stage.
+            targets: Contiguous tensors on the CPU by name, of the shapes that :meth:`forms` tells.
+
+        Raises:
+            CorruptError: If a file is damaged, or a number not finite.
+        """
+        holders = self.holders(stage)
+        by_holder: dict[str, dict[str, Tensor]] = {}
+        for name, target in targets.items():
+            by_holder.setdefault(holders.get(name, stage.key), {})[name] = target
+        for key, theirs in by_holder.items():
+            self._read_into(key, theirs)
+
+    def _gathered(self, stage: CommittedStage, held_by: Callable[[str], dict[str, Tensor]]) -> dict[str, Tensor]:
+        tensors = held_by(stage.key)
         by_holder: dict[str, list[str]] = {}
         for name, key in self.holders(stage).items():
             by_holder.setdefault(key, []).append(name)
         # Each holder's file is read once, however many tensors it lends.
         for key, names in by_holder.items():
-            held = self._weights(key)
+            held = held_by(key)
             missing = [name for name in names if name not in held]
             if missing:
                 raise CorruptError(f"{self.get(key).path / WEIGHTS}: tensor {missing[0]} is borrowed but missing.")
@@ -191,12 +214,29 @@ class StageStore:
 
     def _weights(self, key: str) -> dict[str, Tensor]:
         """The tensors that a stage holds itself, or that a checkpoint's files hold for it."""
+        import torch
+
+        own = load_weights(self._files[self.get(key).key], WEIGHTS)
+        lying = {n: torch.empty_like(form, device="cpu") for n, form in self._forms(key).items() if n not in own}
+        if lying:
+            self._read_into(key, lying)
+        return lying | own
+
+    def _forms(self, key: str) -> dict[str, Tensor]:
+        """The same without memory."""
         stage = self.get(key)
-        own = load_weights(self._files[key], WEIGHTS)
-        if (reference := self._reference(stage)) is None:
-            return own
+        own, reference = forms_of(self._files[key], WEIGHTS), self._reference(stage)
+        return own if reference is None else referred_forms(reference) | own
+
+    def _read_into(self, key: str, targets: Mapping[str, Tensor]) -> None:
+        stage, own = self.get(key), names_of(self._files[key], WEIGHTS)
+        read_into(self._files[key], WEIGHTS, {name: one for name, one in targets.items() if name in own})
+        if (reference := self._reference(stage)) is None or not (
+            lying := {n: targets[n] for n in targets.keys() - own}
+        ):
+            return
         sha256, kept = (stage.derived or {}).get("sha256"), Kept(partial(self.kept_text, stage))
-        return read_referred(reference, kept.text(CHECKPOINT_CONFIG), sha256, str(stage.path / REFERENCE)) | own
+        read_referred(reference, lying, kept.text(CHECKPOINT_CONFIG), sha256, str(stage.path / REFERENCE))
 
     def _reference(self, stage: CommittedStage) -> Reference | None:
         if REFERENCE not in self._files[stage.key].manifest.files:
@@ -313,36 +353,6 @@ class StageStore:
     def holder(self, stage: CommittedStage, tensor: str) -> str:
         """Key of the stage that stores a tensor of ``stage``'s model."""
         return self.holders(stage).get(tensor, stage.key)
-
-
-def load_weights(directory: VerifiedDirectory, name: str) -> dict[str, Tensor]:
-    """Read a safetensors file, the only format of weights that is loaded: a pickle could execute code.
-
-    Raises:
-        CorruptError: If it is something else, or holds a number that is not finite.
-    """
-    from safetensors.torch import load_file
-
-    with directory.opened(name) as path:
-        try:
-            tensors = load_file(path)
-        except SafetensorError as error:
-            raise CorruptError(f"{directory.path / name}: not a safetensors file ({error}).") from None
-    return tensors
-
-
-def names_of(directory: VerifiedDirectory, name: str) -> frozenset[str]:
-    """Names of the tensors in a safetensors file; reads its header alone, without torch.
-
-    Raises:
-        CorruptError: If it is something else.
-    """
-    with directory.opened(name) as path:
-        try:
-            with safe_open(path, framework="np") as file:
-                return frozenset(file.keys())
-        except SafetensorError as error:
-            raise CorruptError(f"{directory.path / name}: not a safetensors file ({error}).") from None
 
 
 def _read(files: VerifiedDirectory) -> CommittedStage:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 
 import torch
 
@@ -33,13 +34,13 @@ def continued_model(
         corpora: Tokenized text by distribution; read only if centroids of the first stage have to be fitted.
         trainer: Names the device on which a checkpoint writes text for them.
     """
-    architecture, tensors = parent.architecture, store.tensors(parent)
+    architecture, tensors, read = parent.architecture, store.forms(parent), partial(store.read_into, parent)
     # Losses are always the new stage's. Earlier versions stored coefficients of a mean over layers, not of a sum.
     was, now = architecture.routing.with_losses_of(routing), routing
     # With several generations, how to tell them apart is settled. With one, the new stage decides: its parent may have
     # been trained without bundles, or with centroids that nothing reads.
     if len(architecture.generations) > 1 or was.effective(grown=True) == now.effective(grown=True):
-        return build_model(replace(architecture, routing=was), tensors)
+        return build_model(replace(architecture, routing=was), tensors, read)
     fitted = ("bundles", "centroids", "clusters", "feature_width")
     fits_alike = all(was.settings().get(key) == now.settings().get(key) for key in fitted)
     if was.bundles == Bundles.cluster and not fits_alike:
@@ -50,4 +51,4 @@ def continued_model(
             tensors[FIRST_CENTROIDS] = torch.zeros(now.num_clusters(1), architecture.vocab_size)
         else:
             tensors |= store.tensors(first_centroids(store, store.chain(parent.key)[0], now, corpora, trainer))
-    return build_model(replace(architecture, routing=now), tensors)
+    return build_model(replace(architecture, routing=now), tensors, read)

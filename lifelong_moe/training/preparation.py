@@ -21,8 +21,8 @@ from lifelong_moe.retention.generated import generate_blocks
 from lifelong_moe.retention.penalty import WeightAnchor, fisher_diagonal, make_anchor, mean_fisher
 from lifelong_moe.retention.teacher import make_teacher
 from lifelong_moe.storage.directories import write_directory
+from lifelong_moe.storage.tensors import load_weights
 from lifelong_moe.storage.verified import verify_directory
-from lifelong_moe.store.stages import load_weights
 from lifelong_moe.training.continuing import continued_model
 from lifelong_moe.training.loop.context import StageModels, StageRun
 from lifelong_moe.training.loop.data import new_text_sample, text_sample, written_sample

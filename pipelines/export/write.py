@@ -19,7 +19,7 @@ from lifelong_moe.interop.single import config_of, single_architecture
 from lifelong_moe.model.transformer import LanguageModel
 from lifelong_moe.storage.directories import new_directory
 from lifelong_moe.storage.temporary import remove_dead, temporary
-from lifelong_moe.training.restore import build_model
+from lifelong_moe.training.restore import load_model
 from pipelines.export.card import base_of, write_card, write_page
 from pipelines.export.export import Order
 from pipelines.export.target import clear, signature_of
@@ -69,7 +69,7 @@ def write(order: Order, console: Console) -> Mapping[str, Any]:
     tensors = order.store.tensors(order.stage)
     texts = [one.text for one in order.store.tokenizers(order.stage)]
     source = Source(order.stage.architecture, tensors, texts, order.kept)
-    model = build_model(source.architecture, tensors)
+    model = load_model(order.store, order.stage)
     job = _Job(order, source, model, console, find_spec("transformers") is not None)
     for generation in filter(job.is_adapter, order.generations):
         require_only_low_rank(source, generation or 0)

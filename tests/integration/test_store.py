@@ -22,8 +22,9 @@ from lifelong_moe.errors import ConfigError, CorruptError, DivergedError, Resour
 from lifelong_moe.storage import directories, files
 from lifelong_moe.storage.directories import write_directory
 from lifelong_moe.storage.keys import file_sha256
+from lifelong_moe.storage.tensors import load_weights
 from lifelong_moe.storage.verified import verify_directory
-from lifelong_moe.store.stages import StageStore, load_weights
+from lifelong_moe.store.stages import StageStore
 from lifelong_moe.training.callbacks import progress as callbacks
 from lifelong_moe.training.restore import load_model
 from pipelines.cli import exit_code

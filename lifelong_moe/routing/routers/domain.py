@@ -25,9 +25,9 @@ class DomainRouter(Router):
 
     def __init__(self, config: RoutingConfig, *, width: int, layer: int) -> None:
         super().__init__(config, width=width, layer=layer)
-        # Structure, not state: rebuilt from the generations, hence not persistent.
-        self.register_buffer("starts_G", torch.zeros(0, dtype=torch.int64), persistent=False)
-        self.register_buffer("sizes_G", torch.zeros(0, dtype=torch.int64), persistent=False)
+        # Structure, not state: rebuilt from the generations, hence not persistent, and with memory in each model.
+        self.register_buffer("starts_G", torch.zeros(0, dtype=torch.int64, device="cpu"), persistent=False)
+        self.register_buffer("sizes_G", torch.zeros(0, dtype=torch.int64, device="cpu"), persistent=False)
 
     def domains_of(self, num_experts: int) -> int:
         """How many domains a generation of ``num_experts`` experts is divided into."""

@@ -18,8 +18,8 @@ from lifelong_moe.errors import CorruptError
 from lifelong_moe.storage.directories import write_directory
 from lifelong_moe.storage.files import rename
 from lifelong_moe.storage.stored import parse_json, read_json
+from lifelong_moe.storage.tensors import load_weights
 from lifelong_moe.storage.verified import verify_directory
-from lifelong_moe.store.stages import load_weights
 
 log = logging.getLogger(__name__)
 TENSORS, STATE = "state.safetensors", "state.json"

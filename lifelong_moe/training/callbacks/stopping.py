@@ -23,8 +23,8 @@ from lifelong_moe.evaluation.loss import evaluate
 from lifelong_moe.model.transformer import LanguageModel
 from lifelong_moe.plan.spec import StageSpec
 from lifelong_moe.storage.directories import write_directory
+from lifelong_moe.storage.tensors import load_weights
 from lifelong_moe.storage.verified import verify_directory
-from lifelong_moe.store.stages import load_weights
 
 
 class StoppingReport(TypedDict):

@@ -26,8 +26,8 @@ from lifelong_moe.evaluation.rise import Rise, paired_rise
 from lifelong_moe.measures import MEASURES
 from lifelong_moe.model.transformer import LanguageModel
 from lifelong_moe.storage.directories import write_directory
+from lifelong_moe.storage.tensors import load_weights
 from lifelong_moe.storage.verified import verify_directory
-from lifelong_moe.store.stages import load_weights
 
 log = logging.getLogger(__name__)
 FILE = "start.safetensors"

@@ -33,6 +33,7 @@ from lifelong_moe.data.tokens.shards import TokenShard
 from lifelong_moe.errors import TryAgainError
 from lifelong_moe.model.int8 import hold_as, how_held
 from lifelong_moe.model.transformer import LanguageModel
+from lifelong_moe.ops.initializers import without_memory
 from lifelong_moe.plan.architecture import Architecture
 from lifelong_moe.plan.phase import Phase
 from lifelong_moe.plan.spec import StageSpec
@@ -42,7 +43,6 @@ from lifelong_moe.storage.plain import from_plain
 from lifelong_moe.storage.stored import read_json
 from lifelong_moe.training.callbacks.own import allow_own, only_allowed
 from lifelong_moe.training.loop.context import Outlook
-from lifelong_moe.training.loop.random_state import without_memory
 from lifelong_moe.training.loop.rollback import Rollbacks
 
 JOB, TENSORS, TEXT = "phase.json", "tensors.safetensors", "text.safetensors"

@@ -1,4 +1,4 @@
-"""Random numbers of training processes: restored after an interruption, apart for each rank, and not drawn in vain.
+"""Random numbers of training processes: restored after an interruption, and apart for each rank.
 
 Noise, jitter and dropout draw from the generators of the CPU and of the process's device. A step checkpoint holds both
 for every rank.
@@ -6,14 +6,9 @@ for every rank.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from typing import Any
-
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 
 RANK_SEED = 1_000_003
 """Distance between the seeds of two ranks, so that no two draw the same noise."""
@@ -61,23 +56,3 @@ def restore_random_state(states: list[RandomState], device: torch.device, seed: 
         torch.set_rng_state(own["cpu"])
     if device.type == "cuda" and "cuda" in own:
         torch.cuda.set_rng_state(own["cuda"], device)
-
-
-@contextmanager
-def without_memory() -> Iterator[None]:
-    """Context in which modules are made without memory for their tensors."""
-    with torch.device("meta"), Undrawn():
-        yield
-
-
-class Undrawn(TorchFunctionMode):
-    """Context in which ``nn.init`` draws nothing; without memory to draw into, it would still import the compiler."""
-
-    def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
-    ) -> Any:
-        """Call the function, unless it would draw."""
-        given = dict(kwargs or {})
-        if getattr(func, "__module__", None) == torch.nn.init.__name__:
-            return given["tensor"] if "tensor" in given else args[0]
-        return func(*args, **given)

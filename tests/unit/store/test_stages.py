@@ -14,10 +14,11 @@ from lifelong_moe.data.tokens.tokenizer import train_tokenizer
 from lifelong_moe.errors import CorruptError
 from lifelong_moe.storage.directories import write_directory
 from lifelong_moe.storage.plain import PlainError
+from lifelong_moe.storage.tensors import load_weights
 from lifelong_moe.storage.verified import VerifiedDirectory, verify_directory
 from lifelong_moe.store.checks import require_own_key
 from lifelong_moe.store.record import StageRecord
-from lifelong_moe.store.stages import StageStore, load_weights
+from lifelong_moe.store.stages import StageStore
 from tests.records import METRICS, made_record
 
 KEY, OTHER = "ab" * 32, "cd" * 32

@@ -1,0 +1,142 @@
+"""Read safetensors files, the only format of weights that is loaded: a pickle could execute code."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, BinaryIO
+
+from safetensors import SafetensorError, safe_open
+
+from lifelong_moe.errors import CorruptError
+from lifelong_moe.storage.verified import VerifiedDirectory
+
+if TYPE_CHECKING:  # commands that only list stages do without torch
+    import torch
+    from torch import Tensor
+
+CHUNK = 1 << 18
+"""Numbers that are read, converted and looked at in one go."""
+_PREFIX = 8
+DTYPES = {
+    "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "I64": "int64", "I32": "int32",
+    "I16": "int16", "I8": "int8", "U8": "uint8", "BOOL": "bool",
+}  # fmt: skip
+"""Torch's names of the kinds of numbers."""
+
+
+@dataclass(frozen=True)
+class _Extent:
+    """Where a tensor's numbers lie."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    start: int
+
+
+def load_weights(directory: VerifiedDirectory, name: str) -> dict[str, Tensor]:
+    """The tensors of a safetensors file, mapped: a number is read when it is first used.
+
+    Raises:
+        CorruptError: If it is something else.
+    """
+    from safetensors.torch import load_file
+
+    with directory.opened(name) as path:
+        try:
+            return load_file(path)
+        except SafetensorError as error:
+            raise _no_safetensors(directory, name, error) from None
+
+
+def names_of(directory: VerifiedDirectory, name: str) -> frozenset[str]:
+    """Names of the tensors in a safetensors file; reads its header alone, without torch.
+
+    Raises:
+        CorruptError: If it is something else.
+    """
+    with directory.opened(name) as path:
+        try:
+            with safe_open(path, framework="np") as file:
+                return frozenset(file.keys())
+        except SafetensorError as error:
+            raise _no_safetensors(directory, name, error) from None
+
+
+def forms_of(directory: VerifiedDirectory, name: str) -> dict[str, Tensor]:
+    """The tensors of a safetensors file without memory, on the device ``meta``; reads its header alone.
+
+    Raises:
+        CorruptError: If it is something else.
+    """
+    import torch
+
+    names_of(directory, name)  # refuses what is no such file
+    with directory.opened(name) as path, path.open("rb") as file:
+        extents = _extents(file)
+    return {one: torch.empty(at.shape, dtype=at.dtype, device="meta") for one, at in extents.items()}
+
+
+def read_into(directory: VerifiedDirectory, name: str, targets: Mapping[str, Tensor]) -> None:
+    """Read tensors of a safetensors file into memory that is there, so that none of them is held twice.
+
+    Read, not mapped: what is mapped counts as this process's memory for as long as one tensor of the file is there,
+    and could be another file's bytes by the time it is looked at.
+
+    Args:
+        directory: The file's.
+        name: Its name.
+        targets: Contiguous tensors on the CPU by name, of the stored shapes; numbers of another kind are converted.
+
+    Raises:
+        CorruptError: If a number is not finite.
+    """
+    with directory.opened(name) as path, path.open("rb") as file:
+        extents = _extents(file)
+        for one in sorted(targets, key=lambda one: extents[one].start):
+            file.seek(extents[one].start)
+            try:
+                fill(targets[one], file, extents[one].dtype)
+            except CorruptError as error:
+                raise CorruptError(f"{directory.path / name}: tensor {one} {error}") from None
+
+
+def fill(target: Tensor, file: BinaryIO, dtype: torch.dtype) -> None:
+    """Read the next numbers of a file into a contiguous tensor on the CPU, some at a time.
+
+    Raises:
+        CorruptError: If one is not finite, or the file ends before.
+    """
+    import torch
+
+    for part in target.view(-1).split(CHUNK):
+        stored = part if part.dtype == dtype else torch.empty(len(part), dtype=dtype)
+        into = stored.view(torch.uint8).numpy()  # raw bytes: NumPy has no bfloat16
+        if file.readinto(into.data) != into.size:  # type: ignore[attr-defined]
+            raise CorruptError("became shorter while it was read.")
+        if stored is not part:
+            part.copy_(stored)
+        # Zero times what is not finite is NaN: a tenth of the time of `isfinite`.
+        if part.is_floating_point() and not float((part * 0).sum()) == 0:
+            raise CorruptError("holds a number that is not finite.")
+
+
+def _extents(file: BinaryIO) -> dict[str, _Extent]:
+    """By name; of a file whose header safetensors itself has accepted."""
+    import torch
+
+    length = int.from_bytes(file.read(_PREFIX), "little")
+    header: dict[str, dict[str, list[int]]] = json.loads(file.read(length))
+    header.pop("__metadata__", None)
+    found = {}
+    for name, one in header.items():
+        if (kind := str(one["dtype"])) not in DTYPES:
+            raise CorruptError(f"tensor {name} holds numbers of the kind {kind}, which no model of ours does.")
+        start = _PREFIX + length + one["data_offsets"][0]
+        found[name] = _Extent(getattr(torch, DTYPES[kind]), tuple(one["shape"]), start)
+    return found
+
+
+def _no_safetensors(directory: VerifiedDirectory, name: str, error: SafetensorError) -> CorruptError:
+    return CorruptError(f"{directory.path / name}: not a safetensors file ({error}).")
