@@ -60,7 +60,9 @@ def fit_token_clusters(
         assert isinstance(router, TokenClusterRouter)
         # Observed anew for each layer: the layers below route by the centroids that were just fitted.
         if routing.clusters_hidden:
-            features_NF = observe(model, sample)[i].inputs_ND.numpy()
+            inputs_ND = observe(model, sample, [i])[i].inputs_ND
+            assert inputs_ND is not None
+            features_NF = inputs_ND.numpy()
         num = router.generations[-1]
         if routing.centroids == Centroids.random:
             drawn = np.random.default_rng(seed + i).standard_normal((num, router.feature_width))

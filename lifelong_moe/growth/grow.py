@@ -10,19 +10,24 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from functools import partial
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from lifelong_moe.clustering.kmeans import spherical_kmeans
 from lifelong_moe.config.growth import ExpertInit, GrowConfig, RouterInit
 from lifelong_moe.config.model import ModelConfig
 from lifelong_moe.growth.noop import behavior, check_noop
-from lifelong_moe.growth.observe import Observation, observe
+from lifelong_moe.growth.observe import observe
 from lifelong_moe.model.experts import LowRankExperts
 from lifelong_moe.model.moe import MoELayer
 from lifelong_moe.model.transformer import LanguageModel, initial_std
 from lifelong_moe.ops.initializers import fan_in_normal_
 from lifelong_moe.plan.architecture import Generation
+
+INPUT_BYTES = 128 << 20
+"""Inputs of layers that are held in one pass over the sample, or half of the model if that is more."""
 
 
 def grow(
@@ -53,7 +58,7 @@ def grow(
     """
     # Both before anything is added: what the check compares with, and the usage by which experts are copied.
     before = behavior(model, sample)
-    observations = observe(model, sample)
+    counts, centroids = _observed(model, generation, config, sample, seed)
     # Freeze first: what is added later is trainable.
     if config.freezes:
         model.freeze_generations()
@@ -61,13 +66,12 @@ def grow(
     model.architecture = model.architecture.grown(generation, config.freezes)
     routing, generator = model.architecture.routing, torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        for i, (layer, seen) in enumerate(zip(model.moe_layers(), observations, strict=True)):
+        for i, (layer, counts_E) in enumerate(zip(model.moe_layers(), counts, strict=True)):
             num = generation.experts_in(i)
             if num == 0:  # a dense layer, or one that grow.layers leaves out
                 continue
             # With bundles, deltas are copied from the previous generation, and its experts trained with those.
-            counts_E = of_previous_generation(layer, seen.counts_E) if routing.by_generation else seen.counts_E
-            copied = most_used(counts_E, num)
+            copied = most_used(of_previous_generation(layer, counts_E) if routing.by_generation else counts_E, num)
             if generation.rank:
                 # Those of one base stand in a row, and share its products.
                 copied = sorted(copied, key=layer.banks.base_of)
@@ -75,7 +79,7 @@ def grow(
             else:
                 _begin_experts(layer, copied, config, model.architecture.model, generator)
             if layer.router.row_generations():
-                layer.router.set_rows(_new_rows(layer, seen, copied, config, generator, seed))
+                layer.router.set_rows(_new_rows(layer, centroids.get(i), copied, config, generator))
         if generation.delta_rank:
             _begin_deltas(model, generator)
         if generation.tokens:
@@ -169,19 +173,36 @@ def _begin_changes(layer: MoELayer, chosen: list[int], generator: torch.Generato
             new.base[place] = layer.banks.base_of(source)
 
 
+def _observed(
+    model: LanguageModel, generation: Generation, config: GrowConfig, sample: Mapping[str, Tensor], seed: int
+) -> tuple[list[Tensor], dict[int, NDArray[np.float32]]]:
+    """Tokens of each expert by layer, and where rows begin as centroids, those of the layers that have rows."""
+    layers = [*enumerate(model.moe_layers())] if config.router == RouterInit.centroid else []
+    wanted = [i for i, layer in layers if layer.router.row_generations() and generation.experts_in(i)]
+    centroids: dict[int, NDArray[np.float32]] = {}
+    # The inputs of all layers may be larger than the model: then of some at a time, in several passes.
+    bytes_each = 4 * sample["token_ids"].numel() * model.architecture.model.width
+    held = max(INPUT_BYTES, sum(p.nbytes for p in model.parameters()) // 2)
+    at_once = max(1, held // bytes_each)
+    for first in range(0, max(1, len(wanted)), at_once):
+        observations = observe(model, sample, wanted[first : first + at_once])
+        for i, seen in enumerate(observations):
+            if seen.inputs_ND is not None:
+                centroids[i] = spherical_kmeans(seen.inputs_ND.numpy(), generation.experts_in(i), seed=seed)
+    return [seen.counts_E for seen in observations], centroids
+
+
 def _new_rows(
     layer: MoELayer,
-    seen: Observation,
+    centroids: NDArray[np.float32] | None,
     copied: list[int],
     config: GrowConfig,
     generator: torch.Generator,
-    seed: int,
 ) -> Tensor:
     """Router rows of the new experts ``(num, D)``, scaled as the old rows, so that logits compare."""
     old_ED = torch.cat(layer.router.row_generations()[:-1])
     if config.router == RouterInit.copy:
         return old_ED[copied]
-    if config.router == RouterInit.centroid:
-        centroids = spherical_kmeans(seen.inputs_ND.numpy(), len(copied), seed=seed)
+    if centroids is not None:
         return torch.from_numpy(centroids).to(old_ED) * old_ED.norm(dim=1).mean()
     return torch.randn(len(copied), old_ED.shape[1], generator=generator).to(old_ED) * old_ED.std()

@@ -5,31 +5,42 @@ expert, and all later activations differ by far more than rounding. Routing and 
 separately: each router must decide the same on its recorded inputs from before growth, and where rounding alone flips
 a decision in the new forward pass, the old decision is used, and counted.
 
-Legend: T tokens, E experts, K experts per token.
+Legend: B batch, S sequence, T tokens, D model width, E experts, K experts per token.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+import copy
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from itertools import product
 
+import torch
 from torch import Tensor
 
-from lifelong_moe.growth.observe import sample_logits
+from lifelong_moe.model.head import LinearHead
+from lifelong_moe.model.tokens import TokenBatch
 from lifelong_moe.model.transformer import LanguageModel
 from lifelong_moe.routing.base import Router, Routing, RoutingContext
 
 TOLERANCE = 1e-5
 """Largest allowed difference of logits and of gate weights."""
+BLOCKS = 4
+"""Of the sample that are compared."""
+CHUNK = 256
+"""Tokens whose logits are compared in one go: those of a large vocabulary take more memory than the rest of the pass.
+"""
 
 
 @dataclass(frozen=True)
 class Behavior:
     """What a model computes on a sample, in evaluation mode."""
 
-    logits: list[Tensor]
-    """Of each block, float32 ``(S, V)``."""
+    hidden_BSD: Tensor
+    """What the head reads."""
+    head: LinearHead
+    """A copy of the head, which growth changes; logits of every token would be larger."""
     decisions: dict[Router, tuple[Tensor, RoutingContext, Routing]]
     """Each router's inputs and its answer, bottom to top."""
 
@@ -41,9 +52,10 @@ def behavior(model: LanguageModel, sample: Mapping[str, Tensor]) -> Behavior:
     def keep(router: Router, given: tuple[Tensor, RoutingContext], routing: Routing) -> None:
         decisions[router] = (*given, routing)
 
-    return Behavior([*_logits(model, sample, keep)], decisions)
+    return Behavior(_hidden(model, sample, keep), copy.deepcopy(model.head), decisions)
 
 
+@torch.no_grad()
 def check_noop(model: LanguageModel, sample: Mapping[str, Tensor], before: Behavior) -> int:
     """Verify that with the new experts masked the model behaves as before growth.
 
@@ -77,23 +89,38 @@ def check_noop(model: LanguageModel, sample: Mapping[str, Tensor], before: Behav
     with ExitStack() as masked:
         for layer in model.moe_layers():
             masked.enter_context(layer.router.masking_newest())
-        for now_SV, before_SV in zip(_logits(model, sample, decide_as_before), before.logits, strict=True):
+        hidden_BSD, domain_ids_BS = _hidden(model, sample, decide_as_before), _first(sample).domain_ids_BS
+        for block, start in product(range(len(hidden_BSD)), range(0, hidden_BSD.shape[1], CHUNK)):
+            part = slice(block, block + 1), slice(start, start + CHUNK)
+            domain_ids = None if domain_ids_BS is None else domain_ids_BS[part]
+            logits = model.head.logits(hidden_BSD[part], domain_ids).float()
+            expected = before.head.logits(before.hidden_BSD[part], domain_ids).float()
             # Without tokens that the new generation added, which the sample's generations do not predict.
-            if not (drift := _drift(now_SV[:, : before_SV.shape[1]], before_SV)) <= TOLERANCE:
+            if not (drift := _drift(logits[..., : expected.shape[-1]], expected)) <= TOLERANCE:
                 raise RuntimeError(
                     f"growth changed the logits by {drift:.2e} with new experts masked; at most 1e-5 is allowed"
                 )
     return near_ties
 
 
-def _logits(
-    model: LanguageModel, sample: Mapping[str, Tensor], hook: Callable[..., Routing | None]
-) -> Iterator[Tensor]:
-    """Logits of each of the sample's first blocks; the hook sees each router's answer, and may replace it."""
+def _first(sample: Mapping[str, Tensor]) -> TokenBatch:
+    """The blocks of a sample that are compared."""
+    return TokenBatch.of(sample)[:BLOCKS]
+
+
+@torch.no_grad()
+def _hidden(model: LanguageModel, sample: Mapping[str, Tensor], hook: Callable[..., Routing | None]) -> Tensor:
+    """What the head reads of the sample's first blocks, in evaluation mode.
+
+    The hook sees each router's answer, and may replace it.
+    """
+    training = model.training
+    model.eval()
     with ExitStack() as hooked:
+        hooked.callback(model.train, training)
         for layer in model.moe_layers():
             hooked.callback(layer.router.register_forward_hook(hook).remove)
-        yield from sample_logits(model, sample)
+        return model(_first(sample)).hidden_BSD
 
 
 def _gates(routing: Routing, num_experts: int) -> Tensor:

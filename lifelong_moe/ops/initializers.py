@@ -48,7 +48,8 @@ def give_memory(model: nn.Module) -> None:
     """
     made: dict[Tensor, Tensor] = {}
     for module in model.modules():
-        for held in (module._parameters, module._buffers):
+        tables: tuple[Any, ...] = (module._parameters, module._buffers)
+        for held in tables:
             for name, tensor in held.items():
                 if tensor is None or not tensor.is_meta:
                     continue

@@ -20,7 +20,7 @@ from lifelong_moe.growth import grow as grow_module
 from lifelong_moe.growth import noop
 from lifelong_moe.growth.grow import grow, most_used
 from lifelong_moe.growth.noop import behavior, check_noop
-from lifelong_moe.growth.observe import observe, sample_logits
+from lifelong_moe.growth.observe import Observation, observe
 from lifelong_moe.model.tokens import TokenBatch
 from lifelong_moe.model.transformer import LanguageModel
 from lifelong_moe.plan.architecture import Generation
@@ -38,7 +38,12 @@ def rows(router: Router) -> list[Tensor]:
 
 
 def logits_of(model: LanguageModel, sample: dict[str, Tensor]) -> Tensor:
-    return torch.stack([*sample_logits(model, sample)])
+    return logits_in(behavior(model, sample), sample)
+
+
+def logits_in(found: noop.Behavior, sample: dict[str, Tensor]) -> Tensor:
+    """Logits of all tokens."""
+    return found.head.logits(found.hidden_BSD, sample["domain_ids"]).detach()
 
 
 def add(model: LanguageModel, config: GrowConfig, sample: dict[str, Tensor], seed: int, **generation: Any) -> None:
@@ -97,7 +102,7 @@ def test_a_not_a_number_counts_as_a_change(make_model: Make, make_batch: Batch) 
     before = behavior(model, sample)
     add(model, GrowConfig(experts=2), sample, seed=0)
     with pytest.raises(RuntimeError, match="growth changed the logits by nan"):
-        check_noop(model, sample, replace(before, logits=[logits * float("nan") for logits in before.logits]))
+        check_noop(model, sample, replace(before, hidden_BSD=before.hidden_BSD * float("nan")))
 
 
 @pytest.mark.parametrize("kind", ["learned", "gshard", "relu"])
@@ -185,7 +190,7 @@ def test_near_ties_are_counted_and_change_nothing(make_model: Make, make_batch: 
         with ExitStack() as held:
             for layer in model.moe_layers():
                 held.enter_context(layer.router.masking_newest())
-            alone = float((logits_of(model, sample) - torch.stack(before.logits)).abs().max())
+            alone = float((logits_of(model, sample) - logits_in(before, sample)).abs().max())
         assert alone > 0.1  # many tokens have the other expert, and what follows from there is something else
         # Tokens of even number are nudged to even experts, those of odd number to odd ones.
         chosen = torch.stack([routing.expert_ids_TK[:, 0] for _, _, routing in before.decisions.values()])
@@ -285,9 +290,10 @@ def test_random_experts_and_rows(make_model: Make, make_batch: Batch) -> None:
 
 def test_centroid_rows_point_at_the_new_data(make_model: Make, make_batch: Batch) -> None:
     model, sample = make_model(), make_batch()
-    inputs = [seen.inputs_ND for seen in observe(model, sample)]
+    inputs = [seen.inputs_ND for seen in observe(model, sample, range(2))]
     add(model, GrowConfig(experts=2, router=RouterInit.centroid), sample, seed=0)
     for layer, x in zip(model.moe_layers(), inputs, strict=True):
+        assert x is not None
         old_rows, new_rows = rows(layer.router)
         torch.testing.assert_close(new_rows.norm(dim=1), old_rows.norm(dim=1).mean().expand(2))
         # Each hidden state is nearer to one of two centroids than to the mean of them all.
@@ -372,10 +378,11 @@ def test_what_was_frozen_stays_frozen(make_model: Make, make_batch: Batch) -> No
 def test_observing_leaves_the_model_as_it_was(make_model: Make, make_batch: Batch) -> None:
     for training in (True, False):
         model, sample = make_model().train(training), make_batch(blocks=3)
-        seen = observe(model, sample)
+        seen = observe(model, sample, [1])
         assert model.training is training
         assert not any(layer._forward_pre_hooks for layer in model.moe_layers())
-        assert [one.inputs_ND.shape for one in seen] == [(48, 16)] * 2
+        assert seen[0].inputs_ND is None  # not asked for
+        assert seen[1].inputs_ND is not None and seen[1].inputs_ND.shape == (48, 16)
         assert all(int(one.counts_E.sum()) == 48 * 2 for one in seen)
 
 
@@ -424,3 +431,24 @@ def test_what_cannot_be_upcycled(override: str, message: str) -> None:
         apply_override(raw, one)
     with pytest.raises(ConfigError, match=message):
         build_config(raw)
+
+
+def test_inputs_of_some_layers_at_a_time_begin_the_same_rows(
+    make_model: Make, make_batch: Batch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where those of all layers would be larger than half of the model."""
+    asked: list[list[int]] = []
+
+    def counted(model: LanguageModel, sample: dict[str, Tensor], layers: list[int]) -> list[Observation]:
+        asked.append(layers)
+        return observe(model, sample, layers)
+
+    monkeypatch.setattr(grow_module, "observe", counted)
+    found = []
+    for held in (1 << 20, 1):
+        model, sample = make_model(model={"context": 64}), make_batch(blocks=32, length=64)
+        monkeypatch.setattr(grow_module, "INPUT_BYTES", held)
+        add(model, GrowConfig(experts=2, router=RouterInit.centroid), sample, seed=0)
+        found.append(model.state_dict())
+    assert asked == [[0, 1], [0], [1]]
+    assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
