@@ -8,15 +8,24 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import importlib.util
+import os
 import platform
 import sysconfig
 import tokenize
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-from lifelong_moe.data.formats.extraction import header_code, module_prose, pieces, topics, without_docstrings
+from lifelong_moe.data.formats.extraction import (
+    Docstring,
+    docstrings,
+    header_code,
+    module_prose,
+    pieces,
+    topics,
+    without_docstrings,
+)
 from lifelong_moe.data.text.documents import Document
 from lifelong_moe.data.text.kept import document_rows, read_rows
 from lifelong_moe.errors import CorruptError, DataError
@@ -45,6 +54,8 @@ _LEFT_OUT_FOLDERS = {
     "pydoc_data", "encodings", "ensurepip", "lib-dynload", "__phello__", "__pycache__", "_vendor", "vendored",
     "_generated",
 }  # fmt: skip
+_FOUND: dict[bytes, list[Docstring] | None] = {}
+"""Docstrings that this process has found, by the hash of the code that holds them."""
 
 
 def builtin_documents(kind: str, cache: Path) -> list[Document]:
@@ -81,19 +92,19 @@ def english_docs() -> Iterator[Document]:
     if topics_file.is_file():
         for name, text in sorted(topics(topics_file.read_text(encoding="utf-8")).items()):
             yield from _cut(text, f"stdlib/pydoc_data/topics/{name}")
-    for code, source in _modules(library, "stdlib"):
-        yield from _cut(_quietly(module_prose, code), source)
+    for _, found, source in _parsed(library, "stdlib"):
+        yield from _cut(module_prose(found), source)
     for folder in PROSE_PACKAGES:
         root = _package_folder(folder)
         if root is not None:
-            for code, source in _modules(root, folder):
-                yield from _cut(_quietly(module_prose, code), source)
+            for _, found, source in _parsed(root, folder):
+                yield from _cut(module_prose(found), source)
 
 
 def python_code() -> Iterator[Document]:
     """Yield the standard library's code without its docstrings."""
-    for code, source in _modules(_standard_library(), "stdlib"):
-        yield from _cut(_quietly(without_docstrings, code), source)
+    for code, found, source in _parsed(_standard_library(), "stdlib"):
+        yield from _cut(without_docstrings(code, found), source)
 
 
 def cpp_headers() -> Iterator[Document]:
@@ -119,12 +130,28 @@ def _cut(text: str, source: str) -> Iterator[Document]:
         yield Document(piece, source)
 
 
+def _parsed(root: Path, prefix: str) -> Iterator[tuple[str, list[Docstring], str]]:
+    """Yield (code, docstrings, source name) of the Python files under ``root`` in order of name."""
+    for code, source in _modules(root, prefix):
+        # Prose and code are both made of the standard library; to parse it takes longer than all else.
+        digest = hashlib.sha256(code.encode("utf-8")).digest()
+        if digest not in _FOUND:
+            _FOUND[digest] = _docstrings(code)
+        if (found := _FOUND[digest]) is not None:
+            yield code, found, source
+
+
 def _modules(root: Path, prefix: str) -> Iterator[tuple[str, str]]:
     """Yield (code, source name) of the Python files under ``root`` in order of name; names hold no machine path."""
+    paths = []
+    for folder, folders, names in os.walk(root):
+        # Below the standard library's folder lies all that is installed.
+        folders[:] = [name for name in folders if name not in _LEFT_OUT_FOLDERS]
+        paths += [Path(folder, name) for name in names if name.endswith(".py")]
     # Sorted, since the file system lists names in an order of its own.
-    for path in sorted(root.rglob("*.py")):
+    for path in sorted(paths):
         name = PurePosixPath(path.relative_to(root).as_posix())
-        if _LEFT_OUT_FOLDERS.isdisjoint(name.parts[:-1]) and not _is_left_out(name):
+        if not _is_left_out(name):
             try:
                 # Honours the coding line: some of the standard library is Latin-1.
                 with tokenize.open(path) as stream:
@@ -141,14 +168,14 @@ def _is_left_out(name: PurePosixPath) -> bool:
     return name.name.startswith(("_sysconfigdata", "test_", "conftest")) or name.parts[0].startswith("config-")
 
 
-def _quietly(extract: Callable[[str], str], code: str) -> str:
-    """Extract without syntax warnings about the code; a file in another Python's syntax yields an empty text."""
+def _docstrings(code: str) -> list[Docstring] | None:
+    """Docstrings, without syntax warnings about the code; None if it is in another Python's syntax."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
-            return extract(code)
+            return docstrings(code)
         except SyntaxError:
-            return ""
+            return None
 
 
 def _standard_library() -> Path:

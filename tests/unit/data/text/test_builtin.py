@@ -1,6 +1,7 @@
 """Extraction on hand-written modules, and the builtin distributions on small slices of this installation."""
 
 import ast
+import gc
 import json
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ from lifelong_moe.config.data import BUILTIN_SOURCES, SourceConfig
 from lifelong_moe.data.formats.extraction import (
     MAX_PIECE_CHARS,
     MIN_PIECE_CHARS,
+    docstrings,
     header_code,
     module_prose,
     pieces,
@@ -87,14 +89,15 @@ async def four(): pass ; return "ü"
 
 def test_module_prose() -> None:
     expected = ["Module\ntext.", "Only text.", "inline", "Doc, é.", "first", "Inner.\n\nMore.", "é"]
-    assert module_prose(MODULE) == "\n\n".join(expected)
-    assert module_prose("x = 1\n") == ""
+    assert module_prose(docstrings(MODULE)) == "\n\n".join(expected)
+    assert module_prose(docstrings("x = 1\n")) == ""
 
 
 def test_without_docstrings() -> None:
-    assert without_docstrings(MODULE) == STRIPPED
+    assert without_docstrings(MODULE, docstrings(MODULE)) == STRIPPED
     ast.parse(STRIPPED)
-    assert without_docstrings('"""Only text."""\n') == ""
+    only = '"""Only text."""\n'
+    assert without_docstrings(only, docstrings(only)) == ""
 
 
 @pytest.mark.parametrize("module", ["argparse.py", "asyncio/base_events.py", "typing.py"])
@@ -106,7 +109,19 @@ def test_without_docstrings_leaves_the_standard_library_the_same_program(module:
             node, clean=False
         ):
             node.body[:1] = [] if len(node.body) > 1 else [ast.Pass()]
-    assert ast.dump(ast.parse(without_docstrings(code))) == ast.dump(tree)
+    assert ast.dump(ast.parse(without_docstrings(code, docstrings(code)))) == ast.dump(tree)
+
+
+def test_docstrings_are_found_without_searching_for_garbage(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which takes as long as what is alive is large, again and again while a tree is made."""
+    searched, parse = [], ast.parse
+    monkeypatch.setattr(ast, "parse", lambda code: searched.append(gc.isenabled()) or parse(code))
+    docstrings(MODULE)
+    assert gc.isenabled()
+    with pytest.raises(SyntaxError):
+        docstrings("print 'another syntax'")
+    assert gc.isenabled()
+    assert searched == [False, False]
 
 
 def test_topics() -> None:
@@ -176,6 +191,20 @@ def test_modules_left_out_and_sources(small: Path) -> None:
     ]
     assert prose[-1].text.endswith("kept. café")
     assert str(small) not in str(documents + prose)
+
+
+def test_prose_and_code_of_a_module_are_found_in_one_parse(small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    parsed, parse = [], ast.parse
+    monkeypatch.setattr(builtin, "_FOUND", {})
+    monkeypatch.setattr(ast, "parse", lambda code: parsed.append(code) or parse(code))
+    both = [builtin_documents(kind, small / "cache") for kind in ("english_docs", "python_code")]
+    files = [code for code in parsed if "another syntax" in code or "# comment" in code]
+    assert len(files) == len(set(files)) == 4
+    monkeypatch.setattr(builtin, "_FOUND", {})
+    assert both[1] == builtin_documents("python_code", small / "other")
+    # A file that changes is parsed again.
+    (small / "lib" / "a.py").write_text("# comment\n" + "y = 1\n" * 60)
+    assert builtin_documents("python_code", small / "third")[0].text.startswith("# comment\ny = 1")
 
 
 def test_cache_is_used_and_mended(small: Path) -> None:
