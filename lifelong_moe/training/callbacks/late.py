@@ -36,7 +36,7 @@ class _Unrun(ModuleType):
         # Python itself asks every module whether it has some of these.
         elif name.startswith("__"):
             raise AttributeError(name)
-        self.__class__ = ModuleType
+        self.__class__ = ModuleType  # type: ignore[assignment]
         spec.loader.exec_module(self)
         return getattr(self, name)
 
