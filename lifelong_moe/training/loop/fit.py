@@ -87,7 +87,9 @@ class PhaseFit:
         loggers = [] if logger is None else [logger, *own_loggers(job.trainer)]
         with self._in_training(here.interrupt), _explained_full_memory(spec):
             trainer = build_trainer(job.trainer, steps, callbacks, loggers)
-            keep_freed_memory()
+            if not job.trainer.is_sharded:
+                # Gathered weights of all sizes come and go with every block: kept, they took three times the memory.
+                keep_freed_memory()
             if rank and job.resume is None:
                 # It has rank 0's generator, and would draw the same noise.
                 seed_rank(job.seed, rank)

@@ -46,6 +46,7 @@ from lifelong_moe.training.loop.context import Outlook
 from lifelong_moe.training.loop.rollback import Rollbacks
 
 JOB, TENSORS, TEXT = "phase.json", "tensors.safetensors", "text.safetensors"
+EXPERTS, ANCHORS = ".moe.banks.", ("anchors", "importances")
 Plain = dict[str, Any]
 """JSON data."""
 
@@ -162,10 +163,14 @@ def hand_over(folder: Path, job: PhaseJob, models: PhaseModels, text: PhaseText,
 
 
 def take_over(folder: Path) -> tuple[PhaseJob, PhaseModels, PhaseText, Plain]:
-    """Read what :func:`hand_over` wrote, with copies of the tensors on the CPU."""
+    """Read what :func:`hand_over` wrote, with copies of the tensors on the CPU.
+
+    Of a model of which each process will hold a part, parameters stay mapped from the file: that part is copied alone.
+    """
     plain = read_json(folder / JOB, finite=False)
+    mapped, parted = load_file(folder / TENSORS), _parted(plain)
     # Copied: what safetensors maps from the file begins anywhere, and the rounding of products depends on alignment.
-    stored = {place: tensor.clone() for place, tensor in load_file(folder / TENSORS).items()}
+    stored = {place: tensor if place in parted else tensor.clone() for place, tensor in mapped.items()}
     trained, arrays = set(plain["trained"]), load_arrays(folder / TEXT)
     # One object each, so that what models shared they share again.
     shared = {p: nn.Parameter(t, requires_grad=p in trained) for p, t in stored.items() if t.is_floating_point()}
@@ -187,6 +192,18 @@ def take_over(folder: Path) -> tuple[PhaseJob, PhaseModels, PhaseText, Plain]:
     sources = [_source(one, arrays) for one in plain["sources"]]
     text = PhaseText(sources, {name: _shard(one, arrays) for name, one in plain["watched"].items()})
     return PhaseJob.from_json(plain["job"]), models, text, plain["more"]
+
+
+def _parted(plain: Plain) -> set[str]:
+    """Places of the tensors of which each process will copy its part, and which nothing computes with before."""
+    trainer = from_plain(TrainerConfig, plain["job"]["trainer"])
+    if not trainer.is_divided:
+        return set()
+    model, teacher, anchor = plain["model"], plain["teacher"] or {}, plain["anchor"] or {}
+    found = {place for name, place in model["parameters"].items() if trainer.is_sharded or EXPERTS in name}
+    # A teacher is whole in each process, and may share parameters with the model.
+    whole = model["buffers"], teacher.get("parameters"), teacher.get("buffers"), *map(anchor.get, ANCHORS)
+    return found.difference(*(table.values() for table in whole if table))
 
 
 class _Tensors:

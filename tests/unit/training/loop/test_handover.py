@@ -33,7 +33,7 @@ from lifelong_moe.training.callbacks import own
 from lifelong_moe.training.callbacks.watch import ForgettingWatch, Watched
 from lifelong_moe.training.loop.context import Outlook
 from lifelong_moe.training.loop.fit import _watch, _watch_plain
-from lifelong_moe.training.loop.handover import PhaseJob, PhaseModels, PhaseText, hand_over, take_over
+from lifelong_moe.training.loop.handover import TENSORS, PhaseJob, PhaseModels, PhaseText, hand_over, take_over
 from lifelong_moe.training.loop.rollback import Rollbacks, Skip
 
 Make = Callable[..., LanguageModel]
@@ -125,6 +125,34 @@ def test_a_teacher_shares_what_it_shared(
     assert shared_blocks(found.model, found.teacher) == shared_blocks(model, teacher)
     assert torch.equal(found.anchor.value(found.model), anchor.value(model))
     assert torch.equal(found.assignments_before, number)
+
+
+def is_mapped(tensor: Tensor) -> bool:
+    """Whether a tensor lies in the file of a phase that was handed over."""
+    lines = [line.split() for line in Path("/proc/self/maps").read_text().splitlines() if line.endswith(TENSORS)]
+    ranges = [[int(end, 16) for end in line[0].split("-")] for line in lines]
+    return any(begin <= tensor.data_ptr() < end for begin, end in ranges)
+
+
+@pytest.mark.parametrize(
+    ("settings", "part"), [({}, "nothing"), ({"strategy": "fsdp"}, ""), ({"expert_parallel": 2}, ".moe.banks.")]
+)
+@pytest.mark.parametrize("teaches", [False, True])
+def test_what_processes_divide_stays_in_the_file(
+    make_model: Make, job: PhaseJob, tmp_path: Path, settings: dict[str, Any], part: str, teaches: bool
+) -> None:
+    model = make_model("learned", (4, 2))
+    shared = [*next(model.moe_layers()).parameters()] if teaches else []
+    teacher = make_teacher(model, shared) if teaches else None
+    job = replace(job, trainer=TrainerConfig(accelerator="cpu", devices=2, **settings))
+    anchor = make_anchor(model, {n: p.detach() + 1 for n, p in model.named_parameters()}, 0.5)
+    found = handed_over(tmp_path, job, model, teacher=teacher, anchor=anchor)
+    mapped = {name for name, parameter in found.model.named_parameters() if is_mapped(parameter)}
+    whole = {name for name, parameter in model.named_parameters() if any(parameter is one for one in shared)}
+    assert mapped == {name for name, _ in model.named_parameters() if part in name} - whole
+    assert not teaches or whole
+    assert found.teacher is None or not any(map(is_mapped, found.teacher.parameters()))
+    assert found.anchor is not None and not any(map(is_mapped, found.anchor.anchors.values()))
 
 
 def test_text_is_named_where_it_is_a_file(make_model: Make, job: PhaseJob, tmp_path: Path) -> None:
