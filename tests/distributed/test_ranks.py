@@ -17,16 +17,18 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from lifelong_moe.errors import ConfigError, DataError, TryAgainError
+from lifelong_moe.errors import ConfigError, DataError, ResourceError, TryAgainError
 from lifelong_moe.evaluation.measurements import Measurements
 from lifelong_moe.store.stages import StageStore
 from lifelong_moe.training import stage as training_stage
+from lifelong_moe.training.callbacks import checkpoint
+from lifelong_moe.training.loop import module as training_module
 from lifelong_moe.training.loop.module import StageModule
 from lifelong_moe.training.loop.phase import train_phase
 from lifelong_moe.training.loop.rollback import read_rollbacks
 from lifelong_moe.training.ranks import supervise
 from pipelines.run.record import MlflowRecord
-from tests.forked import ForkedProcess
+from tests.forked import ForkedProcess, run_forked
 from tests.tiny import (
     EVERY,
     SEQUENCES,
@@ -233,6 +235,50 @@ def test_a_rank_that_hangs_ends_all(
     assert no_children() and list(lab.glob("mlruns/stages/*")) == []
     train()
     assert hashes() == uninterrupted
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_rank_that_hangs_when_the_other_has_ended_ends_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rank: int
+) -> None:
+    monkeypatch.setattr(supervise, "TIMEOUT_SECONDS", 2.0)
+    with pytest.raises(TryAgainError, match=rf"^training process {rank} of 2 did not answer .* within 2 s; "):
+        run_forked(2, lambda here: wait_for_ever() if here == rank else None, tmp_path)
+    assert no_children()
+
+
+def test_a_rank_without_memory_ends_all(lab: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    configure(("fruit",))
+    at(monkeypatch, 1, lambda: torch.empty(1 << 60, dtype=torch.uint8))  # more than any machine has
+    with pytest.raises(
+        ResourceError, match=r"^stage fruit: the device ran out of memory on micro-batches of"
+    ) as caught:
+        train()
+    assert caught.value.exit_code == 8 and no_children() and list(lab.glob("mlruns/stages/*")) == []
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_rank_that_is_killed_while_a_checkpoint_is_written_leaves_the_one_before(
+    lab: Path, monkeypatch: pytest.MonkeyPatch, uninterrupted: list[str], rank: int
+) -> None:
+    calls: list[None] = []
+    # The first writes, the second only takes part.
+    owner, name = [(checkpoint, "_write"), (training_module, "random_states")][rank]
+    original = getattr(owner, name)
+
+    def act(*args: Any) -> Any:
+        calls.append(None)
+        if dist.get_rank() == rank and len(calls) == 2:
+            kill_self()
+        return original(*args)
+
+    configure(("fruit",))
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, name, act)
+        with pytest.raises(TryAgainError, match=rf"^training process {rank} of 2 was ended by SIGKILL"):
+            train()
+    _, printed = train()
+    assert f"fruit: continuing from step-0-{EVERY:08d}" in printed and hashes() == uninterrupted
 
 
 def ask_to_stop(pid: int, number: int = signal.SIGTERM) -> None:

@@ -209,8 +209,8 @@ class _Rank:
 
 
 def _supervise(ranks: Sequence[_Rank], here: Surroundings, nodes: Nodes | None) -> None:
-    """Relay messages and a request to stop until all ranks ended, one died, or one failed and time is up."""
-    asked, failed_at = False, None
+    """Relay messages and a request to stop until all ranks ended, one died, or one ended and time for others is up."""
+    asked, failed_at, ended_at = False, None, None
     while any(rank.code is None or not rank.pipe.closed for rank in ranks):
         for pipe in wait([rank.pipe for rank in ranks if not rank.pipe.closed], POLL_SECONDS):
             next(rank for rank in ranks if rank.pipe is pipe).listen(here)
@@ -228,6 +228,11 @@ def _supervise(ranks: Sequence[_Rank], here: Surroundings, nodes: Nodes | None) 
         if failed_at is None and has_failed:
             failed_at = time.monotonic()
         if failed_at is not None and time.monotonic() - failed_at > GRACE_SECONDS:
+            return
+        # One that hangs after its last message to the others: no rank is left that would wait for it in vain.
+        if ended_at is None and any(rank.code == 0 for rank in ranks):
+            ended_at = time.monotonic()
+        if ended_at is not None and time.monotonic() - ended_at > TIMEOUT_SECONDS:
             return
 
 
