@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 from lifelong_moe.data.arrivals.batches import COPY, MANIFEST, BatchStore, read_manifest
-from lifelong_moe.data.text.manifest import FOLDER, HASHES
+from lifelong_moe.data.text.manifest import FOLDER, HASHES, ROWS
 from lifelong_moe.errors import CorruptError
 from lifelong_moe.storage.directories import remove_directory
 from lifelong_moe.storage.grammars import Key
@@ -336,7 +336,7 @@ def _readings(cache: Path) -> list[Stored]:
 
 
 def _manifests(cache: Path) -> list[Stored]:
-    found = sorted(path for kind in (".json", HASHES) for path in cache.glob(f"{FOLDER}/*{kind}"))
+    found = sorted(path for kind in (".json", HASHES, ROWS) for path in cache.glob(f"{FOLDER}/*{kind}"))
     return [_stored_file(path) for path in found if OURS.fullmatch(path.stem)]
 
 

@@ -28,9 +28,9 @@ from lifelong_moe.config.data import SourceConfig
 from lifelong_moe.config.load import build_config, read_config, whole_config, written_config
 from lifelong_moe.config.references import stored_config
 from lifelong_moe.config.tracking import TrackingConfig
+from lifelong_moe.data.formats.streams import open_file
 from lifelong_moe.data.text.hub import hub_documents
 from lifelong_moe.data.text.jsonl import read_jsonl
-from lifelong_moe.data.text.streams import open_file
 from lifelong_moe.errors import ConfigError, DataError
 from lifelong_moe.storage.plain import PlainError, from_plain
 from lifelong_moe.tracking.connection import probe

@@ -13,8 +13,8 @@ import pytest
 
 from lifelong_moe.config.load import build_config
 from lifelong_moe.config.references import stored_config
+from lifelong_moe.data.formats.streams import open_file
 from lifelong_moe.data.text import files
-from lifelong_moe.data.text.streams import open_file
 from lifelong_moe.data.tokens.prepare import PreparedData
 from lifelong_moe.errors import ConfigError, CorruptError
 from lifelong_moe.storage.keys import text_sha256

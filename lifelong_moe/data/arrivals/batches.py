@@ -19,10 +19,10 @@ from pathlib import Path
 from typing import Any
 
 from lifelong_moe.data.formats.limits import Portion, Quota
+from lifelong_moe.data.formats.streams import OpenFile
 from lifelong_moe.data.text.documents import Document, documents_hash, hash_of_hashes, normalized_hash
 from lifelong_moe.data.text.jsonl import read_jsonl
 from lifelong_moe.data.text.kept import document_rows
-from lifelong_moe.data.text.streams import OpenFile
 from lifelong_moe.errors import CorruptError
 from lifelong_moe.storage.directories import new_directory
 from lifelong_moe.storage.files import sync, write_atomic

@@ -28,10 +28,10 @@ from lifelong_moe.config.data import SourceConfig
 from lifelong_moe.data.arrivals.inbox_rows import ReadFile, Row
 from lifelong_moe.data.formats.bad_lines import BadLines
 from lifelong_moe.data.formats.limits import MAX_INBOX_BYTES, MAX_INBOX_FILES, Portion, Quota
+from lifelong_moe.data.formats.streams import OpenFile, decode, unpacked, unreadable
 from lifelong_moe.data.formats.strict_json import parse_object
 from lifelong_moe.data.text.documents import Document, normalized_hash
 from lifelong_moe.data.text.files import Reader, reader_of
-from lifelong_moe.data.text.streams import OpenFile, decode, unpacked, unreadable
 from lifelong_moe.errors import DataError, one_line
 from lifelong_moe.storage.keys import content_key
 from lifelong_moe.storage.modes import SHARED, as_private_as

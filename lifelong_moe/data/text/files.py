@@ -13,9 +13,9 @@ import os
 import stat
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from lifelong_moe.config.data import SourceConfig, patterns
 from lifelong_moe.data.formats.compression import COMPRESSED
@@ -25,11 +25,13 @@ from lifelong_moe.data.formats.html import text_of_html
 from lifelong_moe.data.formats.limits import MAX_HTML_BYTES, MAX_SOURCE_FILES, MAX_TEXT_FILE_BYTES, Quota
 from lifelong_moe.data.formats.outcomes import FileOutcome, LeftOutError, Outcome, sentence
 from lifelong_moe.data.formats.progress import told
+from lifelong_moe.data.formats.streams import OpenFile, check_text, open_file, read_bytes, refuse_pickled
 from lifelong_moe.data.text.documents import Corpus, Document
 from lifelong_moe.data.text.jsonl import own_unit, read_jsonl
+from lifelong_moe.data.text.known import opened
 from lifelong_moe.data.text.manifest import SeenFile, read_file, seen_unread, unread_file
 from lifelong_moe.data.text.parquet import read_parquet
-from lifelong_moe.data.text.streams import OpenFile, check_text, open_file, read_bytes, refuse_pickled
+from lifelong_moe.data.text.spool import KnownFile, SpooledDocuments
 from lifelong_moe.errors import DataError
 from lifelong_moe.storage.modes import SHARED, as_private_as
 from lifelong_moe.storage.opening import kind_of
@@ -57,23 +59,49 @@ def read_documents(named: Any, config: SourceConfig) -> list[Document]:
 def read_files(named: Any, config: SourceConfig) -> tuple[list[Document], list[FileOutcome]]:
     """All documents of the files that match, and what became of each file; see :class:`FilesReading`."""
     reading = FilesReading(named, config)
-    return list(reading), reading.outcomes
+    return [one for one in reading if isinstance(one, Document)], reading.outcomes
 
 
-class FilesReading(Iterable[Document]):
+@dataclass(frozen=True)
+class ReadNow:
+    """A file that was read."""
+
+    outcome: FileOutcome
+    held_bytes: int
+    """Counted against the limits for files that are read together."""
+    excess_bytes: int
+    """See :attr:`lifelong_moe.data.formats.limits.Quota.excess_bytes`."""
+
+
+class ReadBefore(KnownFile, Protocol):
+    """A file that was read before, with the same bytes and settings."""
+
+    @property
+    def seen(self) -> SeenFile:
+        """The file as it is now."""
+
+    @property
+    def read(self) -> ReadNow:
+        """What became of it."""
+
+
+class FilesReading(Iterable[Document | KnownFile]):
     """The documents of the files that match, read one after the other; afterwards, what became of each file.
 
     Args:
         named: Paths or globs, as of ``files``, relative to the current directory; ``**`` crosses folders.
         config: ``text_field``, ``source_field``, ``encoding`` and ``min_chars``.
+        known: Finds what is known of an open file, in place of its documents; None reads all.
 
     Raises:
         DataError: Nothing matches. While reading: nothing that matches gives a document, a file that is named by itself
             is no text, or ``file:line: reason``.
     """
 
-    def __init__(self, named: Any, config: SourceConfig) -> None:
-        self._named, self._config = named, config
+    def __init__(self, named: Any, config: SourceConfig, known: Callable[[OpenFile], ReadBefore | None] | None = None):
+        self._named, self._config, self._known = named, config, known
+        self.new: dict[str, ReadNow] = {}
+        """The files that were read, by name, and what to remember of them."""
         self._alone = {Path(one) for one in map(expanded, patterns(named)) if os.path.lexists(one)}
         self.paths = matching_files(named)
         self._outcomes = _passed_over(self.paths, self._alone)
@@ -93,28 +121,37 @@ class FilesReading(Iterable[Document]):
         """What became of each file, in order of name."""
         return sorted(self._outcomes, key=lambda file: Path(file.file))
 
-    def __iter__(self) -> Iterator[Document]:
+    def __iter__(self) -> Iterator[Document | KnownFile]:
         # One quota for all of them: many small files are as much as a large one.
         quota, number = Quota(), 0
         each = (one for path, reader in self._readers for one in self._documents(path, reader, quota))
         size = sum(_size(path) for path, _ in self._readers)
-        for document in told(each, f"reading {patterns(self._named)[0]}", size, lambda document: document.num_bytes):
+        for one in told(each, f"reading {patterns(self._named)[0]}", size, lambda one: one.num_bytes):
             number += 1
-            yield document
+            yield one
         if not number:
             raise DataError(
                 f"files={', '.join(patterns(self._named))}: there are no documents in its {len(self.paths)} file(s). "
                 f"{sentence(self._outcomes)}."
             )
 
-    def _documents(self, path: Path, reader: Reader | None, quota: Quota) -> Iterator[Document]:
+    def _documents(self, path: Path, reader: Reader | None, quota: Quota) -> Iterator[Document | KnownFile]:
         if reader is None:
             self.seen[str(path)] = seen_unread(path, is_whole=False)
             self._outcomes.append(FileOutcome(str(path), Outcome.unknown))
             return
         found = long = 0
         with open_file(path, quota) as file:
-            before = unread_file(file.data)
+            if self._known is not None and (known := self._known(file)) is not None:
+                self.seen[str(path)] = known.seen
+                self._outcomes.append(known.read.outcome)
+                quota.excess_bytes += known.read.excess_bytes
+                file.portion.take(0)
+                file.portion.hold(known.read.held_bytes)
+                if known.read.outcome.documents:
+                    yield known
+                return
+            before, counted = unread_file(file.data), (quota.num_bytes, quota.excess_bytes)
             try:
                 for document in reader(file, self._config):
                     found += 1
@@ -128,6 +165,8 @@ class FilesReading(Iterable[Document]):
                 outcome, note = error.outcome, str(error)
             self.seen[str(path)] = read_file(file.data, before)
         self._outcomes.append(FileOutcome(str(path), outcome, long, note or "; ".join(file.notes)))
+        counted = quota.num_bytes - counted[0], quota.excess_bytes - counted[1]
+        self.new[str(path)] = ReadNow(self._outcomes[-1], *counted)
 
 
 def _size(path: Path) -> int:
@@ -164,10 +203,9 @@ def _no_file(path: Path) -> str | None:
 def settled(corpus: Corpus) -> tuple[FileOutcome, ...]:
     """What became of a corpus's files, now that duplicates, near copies and what is too much are left out of it."""
     files = {file.file: file for file in corpus.files}
-    # One after the other: together they may not fit into memory.
-    kept = {_file_of(document.origin, files) for document in itertools.chain(corpus.train, corpus.heldout)}
+    kept = _files_of(corpus.train, files) | _files_of(corpus.heldout, files)
     why = dict.fromkeys(corpus.beyond, Outcome.beyond)
-    why |= {_file_of(document.origin, files): Outcome.near_copy for document in corpus.near_copies}
+    why |= dict.fromkeys(_files_of(corpus.near_copies, files), Outcome.near_copy)
 
     def now(file: FileOutcome) -> FileOutcome:
         if file.outcome != Outcome.used or file.file in kept:
@@ -175,6 +213,14 @@ def settled(corpus: Corpus) -> tuple[FileOutcome, ...]:
         return replace(file, outcome=why.get(file.file, Outcome.duplicate))
 
     return tuple(map(now, files.values()))
+
+
+def _files_of(documents: Sequence[Document], files: Mapping[str, FileOutcome]) -> set[str]:
+    """The files of some documents."""
+    documents = opened(documents)
+    if isinstance(documents, SpooledDocuments):
+        return set(documents.files)
+    return {_file_of(document.origin, files) for document in documents}
 
 
 def _file_of(origin: str, files: Mapping[str, FileOutcome]) -> str:

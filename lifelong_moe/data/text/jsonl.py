@@ -7,9 +7,9 @@ from functools import partial
 from typing import Any
 
 from lifelong_moe.data.formats.limits import MAX_LINE_BYTES
+from lifelong_moe.data.formats.streams import OpenFile, check_text, decode, unpacked
 from lifelong_moe.data.formats.strict_json import parse_object
 from lifelong_moe.data.text.documents import Document
-from lifelong_moe.data.text.streams import OpenFile, check_text, decode, unpacked
 from lifelong_moe.errors import DataError
 from lifelong_moe.storage.keys import text_sha256
 
@@ -87,7 +87,12 @@ def document_from(
 
 def own_unit(text: str) -> str:
     """Return the source unit of a document that names none: itself. No file name: renaming must change nothing."""
-    return f"sha256:{text_sha256(text)}"
+    return own_unit_of(text_sha256(text))
+
+
+def own_unit_of(digest: str) -> str:
+    """:func:`own_unit` of the text with this SHA-256."""
+    return f"sha256:{digest}"
 
 
 def _require_content(line: bytes, where: str) -> None:

@@ -6,6 +6,7 @@ import hashlib
 from collections.abc import Iterable, Iterator
 from io import BufferedReader
 from pathlib import Path
+from typing import BinaryIO
 
 from lifelong_moe.data.formats.limits import MAX_TEXT_FILE_BYTES
 from lifelong_moe.data.text.documents import Document
@@ -48,6 +49,15 @@ def read_rows(file: BufferedReader, path: Path, digest: str) -> list[Document]:
     if (found := hashlib.file_digest(file, "sha256").hexdigest()) != digest:
         raise CorruptError(f"{path}: SHA-256 is {found}.")
     file.seek(start)
+    return read_lines(file, path)
+
+
+def read_lines(file: BinaryIO, path: Path) -> list[Document]:
+    """:func:`read_rows` of bytes that are known to be what they were.
+
+    Raises:
+        CorruptError: If they are no documents.
+    """
     documents = []
     # Only a newline ends a line: U+2028 may stand within a text.
     while row := file.readline(_MOST_LINE_BYTES + 1):

@@ -85,4 +85,7 @@ def hashes_of(documents: Sequence[Document]) -> tuple[str, ...]:
     known = getattr(documents, "summary", None)
     if isinstance(known, Summary) and known.hashes is not None:
         return known.hashes
+    # A spool knows them, too.
+    if (hashes := getattr(opened(documents), "hashes", None)) is not None:
+        return tuple(hashes)
     return tuple(document.hash for document in documents)

@@ -39,6 +39,8 @@ from lifelong_moe.storage.stored import read_stored
 VERSION = 1
 """Raised whenever the same files would give other documents, another split or other near copies."""
 FOLDER = "manifests"
+ROWS = ".rows"
+"""Ending of what is remembered of a single file; see :mod:`lifelong_moe.data.text.file_rows`."""
 HASHES = ".hashes"
 """Ending of an index of hashes beside the manifests; see :mod:`lifelong_moe.data.text.known_hashes`."""
 UNREAD = "0" * 64
@@ -127,6 +129,12 @@ def split_manifest(
     return known, mode
 
 
+def files_before(config: SourceConfig, cache: Path) -> Mapping[str, SeenFile]:
+    """A distribution's files as they were when it was last read; none if that is not known."""
+    known = _read(_path(cache, {"source": asdict(config)}), partial(from_plain, SplitManifest))
+    return {} if known is None else known.files
+
+
 def write_split(config: SourceConfig, found: SplitManifest, cache: Path, mode: int) -> None:
     """Remember what came of a distribution's files; a cache that cannot be written to forgets."""
     _write(_path(cache, {"source": asdict(config)}), asdict(found), mode)
@@ -181,8 +189,8 @@ def forget_left(asked: Mapping[str, object], cache: Path) -> None:
 
 
 def forget(cache: Path) -> None:
-    """Remove all manifests and indices, and notes on tokens that were verified, so that every file is read again."""
-    for pattern in (f"{FOLDER}/*.json", f"{FOLDER}/*{HASHES}", "tokens/*/verified.json"):
+    """Remove all manifests, indices, rows and notes on tokens that were verified: every file is read again."""
+    for pattern in (f"{FOLDER}/*.json", f"{FOLDER}/*{HASHES}", f"{FOLDER}/*{ROWS}", "tokens/*/verified.json"):
         for path in cache.glob(pattern):
             _remove(path)
 

@@ -17,9 +17,11 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
+from lifelong_moe.data.formats.progress import told
 from lifelong_moe.data.text.documents import Corpus, Document, documents_hash
-from lifelong_moe.data.text.known import opened, told_of
+from lifelong_moe.data.text.known import opened, summary_of
 from lifelong_moe.data.text.runs import LEAST, LEAST_SHARED, Hits, Table, begins_of, distinct
+from lifelong_moe.data.text.split import documents_sha256
 from lifelong_moe.data.text.spool import SpooledDocuments, chosen, source_number, source_numbers
 from lifelong_moe.errors import DataError
 
@@ -121,7 +123,7 @@ def near_copies(documents: Sequence[Document], known: Iterable[Document], *, may
         return []
     table = Table(documents)
     sources, is_known_W, held = _Sources(table), np.zeros(len(table), dtype=bool), list[Hits]()
-    for part in _parts(known):
+    for _, part in _parts(enumerate(known)):
         hits = Hits.of(part, table)
         sources.add(hits, np.array([source_number(document) for document in part], np.uint64))
         is_known_W[hits.run_H] = True
@@ -175,38 +177,46 @@ def without_near_copies(
                 f"versions of one text share a source, so that they are split together."
             )
         kept, left = (chosen(train, copies == side) for side in (False, True))
-        digest = corpus.train_hash if len(kept) == len(corpus.train) else documents_hash(kept)
+        digest = corpus.train_hash if len(kept) == len(corpus.train) else _hash(kept)
         found[name] = replace(
             corpus, train=kept, train_hash=digest, near_copies=left, before_near_copies=corpus.split_hash
         )
     return found
 
 
+def _hash(documents: Sequence[Document]) -> str:
+    # Of a spool from its rows, since all hashes as text take as much memory as a tenth of the text.
+    return documents_sha256(documents) if isinstance(documents, SpooledDocuments) else documents_hash(documents)
+
+
 def _copies(train: Sequence[Document], table: Table, is_here_R: NDArray[np.bool_]) -> NDArray[np.bool_]:
     """Which training documents are near copies of a table's; ``is_here_R`` are the table's of the same distribution."""
-    source_D, sources, maybe, number = source_numbers(train), _Sources(table), list[Hits](), 0
-    is_held = True
-    for hits in _looked_up(train, table):
-        sources.add(hits, source_D[number : number + len(hits.size_D)])
-        number += len(hits.size_D)
-        maybe.append(_possible(hits, table))
-        is_held = is_held and sum(len(one.run_H) for one in maybe) <= MOST_HITS
+    source_D, sources, is_held = source_numbers(train), _Sources(table), True
+    maybe = list[tuple[NDArray[np.int64], Hits]]()
+    for places, hits in _looked_up(train, table):
+        sources.add(hits, source_D[places])
+        maybe.append((places, _possible(hits, table)))
+        is_held = is_held and sum(len(one.run_H) for _, one in maybe) <= MOST_HITS
         if not is_held:
             maybe.clear()
     # Common runs are those of this distribution alone: another one must not make held-out text "common".
     common_W = sources.common(is_here_R)
     held = _Sizes(table.size_R, table.size_R - table.count(common_W))
-    copies = [np.zeros(0, dtype=bool)]
-    for hits in maybe if is_held else _looked_up(train, table):
+    copies = np.zeros(len(train), dtype=bool)
+    for places, hits in maybe if is_held else _looked_up(train, table):
         new, (of_new, of_held, shared) = _own(hits, common_W), hits.chosen_runs(~common_W).shared(table)
         is_copy = new.mostly_shared(np.bincount(hits.document_H, minlength=len(hits.size_D)))
         is_copy[of_new[new.reached(of_new, shared) | held.reached(of_held, shared)]] = True
-        copies.append(is_copy)
-    return np.concatenate(copies)
+        copies[places] = is_copy
+    return copies
 
 
-def _looked_up(train: Sequence[Document], table: Table) -> Iterator[Hits]:
-    return (Hits.of(part, table) for part in _parts(told_of(train, "looking for near copies")))
+def _looked_up(train: Sequence[Document], table: Table) -> Iterator[tuple[NDArray[np.int64], Hits]]:
+    """Runs of training documents that a table has, with the places of the documents, in order of reading."""
+    each = train.as_read() if isinstance(train, SpooledDocuments) else enumerate(train)
+    size = summary_of(train).bytes
+    for places, part in _parts(told(each, "looking for near copies", size, lambda one: one[1].num_bytes)):
+        yield np.array(places), Hits.of(part, table)
 
 
 def _possible(hits: Hits, table: Table) -> Hits:
@@ -221,14 +231,15 @@ def _possible(hits: Hits, table: Table) -> Hits:
     return hits.chosen(is_possible)
 
 
-def _parts(documents: Iterable[Document]) -> Iterator[list[Document]]:
-    """Documents in parts of so much text that what they share with a table fits into memory."""
-    part, num_bytes = list[Document](), 0
-    for document in documents:
+def _parts(documents: Iterable[tuple[int, Document]]) -> Iterator[tuple[list[int], list[Document]]]:
+    """Numbered documents in parts of so much text that what they share with a table fits into memory."""
+    numbers, part, num_bytes = list[int](), list[Document](), 0
+    for number, document in documents:
+        numbers.append(number)
         part.append(document)
         num_bytes += document.num_bytes
         if num_bytes >= PART_BYTES:
-            yield part
-            part, num_bytes = [], 0
+            yield numbers, part
+            numbers, part, num_bytes = [], [], 0
     if part:
-        yield part
+        yield numbers, part

@@ -6,9 +6,9 @@ from collections.abc import Iterator
 from typing import Any
 
 from lifelong_moe.data.formats.limits import MAX_LINE_BYTES, Portion, Quota
+from lifelong_moe.data.formats.streams import OpenFile
 from lifelong_moe.data.text.documents import Document
 from lifelong_moe.data.text.jsonl import document_from
-from lifelong_moe.data.text.streams import OpenFile
 from lifelong_moe.errors import DataError
 from lifelong_moe.redaction import shortened
 

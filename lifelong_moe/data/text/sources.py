@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +16,7 @@ from lifelong_moe.data.text.manifest import (
     PartSummary,
     SeenFile,
     SplitManifest,
+    files_before,
     files_state,
     forget_split,
     hashed_file,
@@ -94,6 +95,7 @@ def _paths(config: SourceConfig, cache: Path) -> list[Path]:
 def _read(name: str, config: SourceConfig, cache: Path, *, asks: bool) -> Corpus:
     """Read and split a distribution's documents; ``asks`` is whether the hub may be asked for them."""
     seen: dict[str, SeenFile | None] = {}
+    remember_rows: list[Callable[[], None]] = []
     if config.hf is not None:
         from lifelong_moe.data.text.hub import hub_documents
 
@@ -107,22 +109,30 @@ def _read(name: str, config: SourceConfig, cache: Path, *, asks: bool) -> Corpus
         with suppress(OSError), open_regular(path, follow=False) as file:
             seen[str(path)] = hashed_file(file)
     else:
+        from lifelong_moe.data.text.file_rows import RowsCache
         from lifelong_moe.data.text.files import FilesReading, mode_of, settled
 
-        heldout = None if config.heldout_files is None else FilesReading(config.heldout_files, config)
-        reading = FilesReading(config.files, config)
+        rows = RowsCache(config, cache, files_before(config, cache))
+        heldout = None if config.heldout_files is None else FilesReading(config.heldout_files, config, rows.find)
+        reading = FilesReading(config.files, config, rows.find)
         corpus = build_corpus(name, reading, config, heldout, cache)
         both = [reading] if heldout is None else [reading, heldout]
         files = tuple(file for one in both for file in one.outcomes)
         corpus = replace(corpus, mode=mode_of(path for one in both for path in one.paths), files=files)
         corpus = replace(corpus, files=settled(corpus))
         seen = {path: file for one in both for path, file in one.seen.items()}
+        remember_rows += [functools.partial(rows.write, one, corpus.heldout) for one in both]
     known = {path: file for path, file in seen.items() if file is not None}
     # Without a file of the cache, nothing says which text the installed packages carry.
     if len(known) < len(seen) or (not known and config.hf is None):
         return corpus
     found = _manifest(corpus, known)
-    remember = functools.partial(write_split, config, found, cache, corpus.mode)
+
+    def remember() -> None:
+        write_split(config, found, cache, corpus.mode)
+        for one in remember_rows:
+            one()
+
     return replace(corpus, identity=split_identity(config, found), state=files_state(known), remember=remember)
 
 

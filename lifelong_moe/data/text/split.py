@@ -9,7 +9,6 @@ Legend: N documents.
 from __future__ import annotations
 
 import hashlib
-import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,15 +18,13 @@ from numpy.typing import NDArray
 
 from lifelong_moe.config.data import SourceConfig
 from lifelong_moe.data.text.documents import Corpus, Document
-from lifelong_moe.data.text.spool import Spool, SpooledDocuments
+from lifelong_moe.data.text.spool import KnownFile, Spool, SpooledDocuments
 from lifelong_moe.errors import DataError
 
 RANGE = 2_000_000
 """Rows that are sorted at once; a range of hashes has about so many."""
 TRAIN, HELDOUT = 0, 1
 """Parts of a spool: documents that are yet to be split, or of training alone; and explicit held-out ones."""
-_LINE = re.compile(r":\d+$")
-"""No file that is read is called so: its name ends in what tells its kind."""
 Numbers = NDArray[np.int64]
 Mask = NDArray[np.bool_]
 
@@ -43,9 +40,9 @@ class _Distinct:
 
 def build_corpus(
     name: str,
-    documents: Iterable[Document],
+    documents: Iterable[Document | KnownFile],
     config: SourceConfig,
-    heldout: Iterable[Document] | None = None,
+    heldout: Iterable[Document | KnownFile] | None = None,
     cache: Path | None = None,
 ) -> Corpus:
     """Turn documents into a distribution: drop duplicates, cap, split by source unit, sort by hash.
@@ -55,7 +52,8 @@ def build_corpus(
 
     Args:
         name: The distribution.
-        documents: All documents, or with ``heldout`` the training documents; read once.
+        documents: All documents, or with ``heldout`` the training documents; read once. Of files whose documents are
+            known nothing is read here.
         config: ``heldout_fraction``, ``heldout_sources`` and ``max_bytes``.
         heldout: Explicit held-out documents, read first; they are neither capped nor split.
         cache: Directory where text is kept for the time being if it is too much for memory; None holds all of it.
@@ -69,8 +67,11 @@ def build_corpus(
     """
     spool = Spool(cache)
     for part, each in ((HELDOUT, heldout or ()), (TRAIN, documents)):
-        for document in each:
-            spool.add(document, part)
+        for one in each:
+            if isinstance(one, Document):
+                spool.add(one, part)
+            else:
+                spool.add_known(one, part)
     rows = spool.rows()
     part_N = np.asarray(rows["part"])
     found = _distinct(spool, rows)
@@ -89,7 +90,7 @@ def build_corpus(
         # Where documents are yet to be split at least two units, so that each side has one.
         within_N = _capped(rows, train_N, config.max_bytes, least=2 if heldout is None else 1)
         train_N, left_N = within_N, train_N & ~within_N
-    beyond = _files(spool, rows, left_N)
+    beyond = frozenset(spool.files(np.unique(rows["file"][left_N]).tolist()))
     if heldout is None:
         heldout_N = _heldout(rows, train_N, config.heldout_fraction, config.heldout_sources)
         train_N = train_N & ~heldout_N
@@ -99,12 +100,6 @@ def build_corpus(
     train, held = (SpooledDocuments(spool, rows, _in_hash_order(rows, chosen_N)) for chosen_N in (train_N, heldout_N))
     hashes = documents_sha256(train), documents_sha256(held)
     return Corpus(name, train, held, *hashes, duplicates=int((~found.kept_N).sum()), beyond=beyond)
-
-
-def _files(spool: Spool, rows: NDArray[np.void], chosen_N: Mask) -> frozenset[str]:
-    """Origins without lines: one for each file, which may hold millions of documents."""
-    each = SpooledDocuments(spool, rows, np.flatnonzero(chosen_N))
-    return frozenset(_LINE.sub("", document.origin) for document in each)
 
 
 def heldout_part(documents: Iterable[Document]) -> Sequence[Document]:
@@ -167,7 +162,7 @@ def _distinct(spool: Spool, rows: NDArray[np.void]) -> _Distinct:
 
 
 def _rank(spool: Spool, rows: NDArray[np.void], number: int) -> tuple[str, bytes]:
-    return next(spool.documents(rows, np.array([number]))).source, rows["hash"][number].tobytes()
+    return spool.source(rows[number]), rows["hash"][number].tobytes()
 
 
 def _require_distinct(number: int, distinct: int) -> None:

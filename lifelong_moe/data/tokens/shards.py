@@ -12,7 +12,7 @@ import hashlib
 import itertools
 import os
 from array import array
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from io import BufferedReader
@@ -21,9 +21,11 @@ from typing import Any, overload
 
 import numpy as np
 
+from lifelong_moe.data.formats.progress import told
 from lifelong_moe.data.text.documents import Corpus, Document, documents_hash
 from lifelong_moe.data.text.jsonl import SEPARATOR
-from lifelong_moe.data.text.known import summary_of, told_of
+from lifelong_moe.data.text.known import opened, summary_of
+from lifelong_moe.data.text.spool import SpooledDocuments, chosen
 from lifelong_moe.data.tokens.known_tokens import DIGEST, KnownTokens, digests_of
 from lifelong_moe.data.tokens.tokenizer import Tokenizer
 from lifelong_moe.errors import CorruptError
@@ -378,9 +380,13 @@ class _Arrays:
         self.add(documents)
 
     def add(self, documents: Sequence[Document]) -> None:
-        """Add all but the lengths in tokens."""
-        self.text_bytes.extend(document.num_bytes for document in documents)
-        self.answer_bytes.extend(len(document.text.partition(SEPARATOR)[2].encode()) for document in documents)
+        """Add all but the lengths in tokens; no text of a spool is read."""
+        if isinstance(documents, SpooledDocuments):
+            self.text_bytes.extend(documents.num_bytes.tolist())
+            self.answer_bytes.extend(documents.answer_bytes.tolist())
+        else:
+            self.text_bytes.extend(document.num_bytes for document in documents)
+            self.answer_bytes.extend(len(document.text.partition(SEPARATOR)[2].encode()) for document in documents)
         self.digests += digests_of(documents).tobytes()
 
     def write(self, work: Path) -> None:
@@ -413,14 +419,18 @@ def _write_arrays(
     arrays = _Arrays()
     # Written batch by batch: the tokens of a large distribution need not fit into memory.
     with (work / "tokens.bin").open("wb") as stream:
-        for batch in _batches(told_of(documents, "tokenizing")):
+        size = summary_of(documents).bytes
+        for batch in told(_batches(documents), "tokenizing", size, lambda batch: summary_of(batch).bytes):
             tokens = known.find(digests_of(batch)) if known is not None else [None] * len(batch)
             rows = [None if one is None else one.astype(dtype).tobytes() for one in tokens]
             new = [i for i, row in enumerate(rows) if row is None]
-            for i, ids in zip(new, tokenizer.encode_batch([batch[i].text for i in new]), strict=True):
+            # Of documents whose tokens are known no text is read.
+            texts = list(chosen(batch, np.array([row is None for row in rows])))
+            encoded = tokenizer.encode_batch([document.text for document in texts])
+            for i, document, ids in zip(new, texts, encoded, strict=True):
                 rows[i] = made = np.array([tokenizer.bos_id, *ids], dtype=dtype).tobytes()
                 if pieces is not None:
-                    pieces.add(batch[i], made)
+                    pieces.add(document, made)
             for row in rows:
                 assert row is not None
                 # Not `tofile`, whose errors give no reason, such as a full disk.
@@ -430,7 +440,17 @@ def _write_arrays(
     arrays.write(work)
 
 
-def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
+def _batches(documents: Sequence[Document]) -> Iterator[Sequence[Document]]:
+    documents = opened(documents)
+    if isinstance(documents, SpooledDocuments):
+        ends = np.cumsum(documents.num_bytes)
+        begin = 0
+        while begin < len(documents):
+            done = int(ends[begin - 1]) if begin else 0
+            end = min(int(np.searchsorted(ends, done + _BATCH_BYTES)) + 1, len(documents))
+            yield documents[begin:end]
+            begin = end
+        return
     batch: list[Document] = []
     size = 0
     for document in documents:

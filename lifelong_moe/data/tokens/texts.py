@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from lifelong_moe.config.data import SourceConfig
-from lifelong_moe.data.text.documents import Corpus, Document, documents_hash
+from lifelong_moe.data.text.documents import Corpus, Document, documents_hash, hash_of_hashes
 from lifelong_moe.data.text.files import settled
 from lifelong_moe.data.text.kept import rows_sha256
 from lifelong_moe.data.text.known import KnownDocuments, Summary, hashes_of, summary_of
@@ -121,10 +121,10 @@ def _as_left(corpus: Corpus, known: LeftManifest, forgetting: Callable[[], None]
 
     @once
     def sides() -> tuple[Sequence[Document], Sequence[Document]]:
-        is_copy = np.array([document.hash in copies for document in corpus.train])
+        is_copy = np.array([digest in copies for digest in hashes_of(corpus.train)])
         kept, left = chosen(corpus.train, ~is_copy), chosen(corpus.train, is_copy)
         # Tokens are known of the text that the manifest says; text of another hash must not get that name.
-        if PartSummary(documents_hash(kept), len(kept), summary_of(kept).bytes) != known.train:
+        if PartSummary(hash_of_hashes(hashes_of(kept)), len(kept), summary_of(kept).bytes) != known.train:
             forgetting()
             raise DataError(f"distributions.{corpus.name}: {HAS_CHANGED}")
         return kept, left

@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lifelong_moe.config.data import MAX_VOCAB_SIZE, TokenizerConfig
+from lifelong_moe.data.formats.streams import decode, open_file, read_whole, refuse_pickled
 from lifelong_moe.data.formats.strict_json import parse_object
 from lifelong_moe.data.text.documents import Corpus, Document
 from lifelong_moe.data.text.known import summary_of, told_of
-from lifelong_moe.data.text.streams import decode, open_file, read_whole, refuse_pickled
 from lifelong_moe.data.tokens.components import MAX_TOKEN_BYTES, require_bounded
 from lifelong_moe.errors import ConfigError, CorruptError, DataError, LifelongError
 from lifelong_moe.storage.files import write_atomic

@@ -17,11 +17,11 @@ from pyarrow import parquet
 
 from lifelong_moe.config.data import SourceConfig
 from lifelong_moe.data.formats import limits
+from lifelong_moe.data.formats.streams import open_file
 from lifelong_moe.data.text import parquet as parquets
 from lifelong_moe.data.text.files import matching_files, read_documents
 from lifelong_moe.data.text.hub import hub_documents
 from lifelong_moe.data.text.sources import read_corpus
-from lifelong_moe.data.text.streams import open_file
 from lifelong_moe.errors import DataError, ResourceError, TryAgainError
 
 CONFIG = SourceConfig(files="unused")

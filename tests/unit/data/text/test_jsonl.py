@@ -14,10 +14,10 @@ from hypothesis import strategies as st
 
 from lifelong_moe.data.formats import limits
 from lifelong_moe.data.formats.bad_lines import BadLines
+from lifelong_moe.data.formats.streams import open_file
 from lifelong_moe.data.text import jsonl
 from lifelong_moe.data.text.documents import Document
 from lifelong_moe.data.text.jsonl import read_jsonl
-from lifelong_moe.data.text.streams import open_file
 from lifelong_moe.errors import DataError
 
 GOOD = b'{"text": "good"}\n'
