@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from lifelong_moe.data.formats.progress import told
 from lifelong_moe.data.text.documents import Corpus, Document, documents_hash
 from lifelong_moe.data.text.known import opened, summary_of
-from lifelong_moe.data.text.runs import LEAST, LEAST_SHARED, Hits, Table, begins_of, distinct
+from lifelong_moe.data.text.runs import LEAST, LEAST_OWN, LEAST_SHARED, Hits, Table, begins_of, distinct
 from lifelong_moe.data.text.split import documents_sha256
 from lifelong_moe.data.text.spool import SpooledDocuments, chosen, source_number, source_numbers
 from lifelong_moe.errors import DataError
@@ -30,8 +30,6 @@ SHARE = 0.5
 COMMON_SOURCES = 8
 """Most sources that have a run in common; a run of more (a licence, a greeting, a template) is *common*, any other is
 a document's *own*. Common runs do not count."""
-LEAST_OWN = 0.1
-"""Least share of a document's runs that must be its own; one with less is judged by all its runs, common ones too."""
 PART_BYTES = 32 << 20
 """Text that is looked up at once."""
 MOST_HITS = 8 << 20

@@ -24,6 +24,10 @@ LEAST = SHORT_TEXT - NGRAM + 1
 """Runs below which a document is too short: only equal ones are found, see ``normalized_hash``."""
 LEAST_SHARED = (LEAST + 1) // 2
 """Runs that near copies share at least: half of :data:`LEAST`."""
+LEAST_OWN = 0.1
+"""Least share of a document's runs that must be its own; one with less is judged by all its runs, common ones too."""
+_SAMPLED = 4
+"""Of so many runs one is looked at to tell that a document has many; a divisor of :data:`_AT_ONCE`."""
 _MULTIPLIERS = (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB, 0xD6E8FEB86659FD93, 0xA0761D6478BD642F)
 """Odd numbers of 64 bits: the first hashes letters, each other one joins two halves of a run."""
 FILTER_BITS = (16, 27)
@@ -189,19 +193,24 @@ class Hits:
     run_H: NDArray[np.int32]
     """Ascending within a document, each once."""
     size_D: NDArray[np.int64]
-    """Distinct runs of each document, others than the table's too; 0 of one with fewer than :data:`LEAST_SHARED` hits,
-    which is a near copy of nothing."""
+    """Distinct runs of each document, others than the table's too; 0 of one that can be a near copy of nothing."""
 
     @classmethod
-    def of(cls, documents: Iterable[Document], table: Table) -> Hits:
+    def of(cls, documents: Sequence[Document], table: Table) -> Hits:
         """Look up every run of some documents."""
-        keys, sizes = [np.zeros(0, np.uint64)], array("q")
+        keys, number, judged = [np.zeros(0, np.uint64)], 0, list[int]()
         for texts in _batches(letters(document.text) for document in documents):
-            keys.append(_keys(texts, table) + np.uint64(len(sizes) << 32))
-            sizes.extend(_sizes(texts, keys[-1], len(sizes)))
+            found, mostly = _looked_up(texts, table)
+            keys.append(found + np.uint64(number << 32))
+            judged += [number + i for i in mostly]
+            number += len(texts)
         key_H = np.concatenate(keys)
         numbers = (key_H >> np.uint64(32)).astype(np.int64), (key_H & np.uint64(0xFFFFFFFF)).astype(np.int32)
-        return cls(*numbers, np.array(sizes, np.int64))
+        found = cls(*numbers, np.zeros(number, np.int64))
+        # To count all runs of a document takes as long as to look them up, and hardly one need be judged.
+        for i in {*judged, *found.shared(table)[0].tolist()}:
+            found.size_D[i] = len(ngrams(documents[i].text))
+        return found
 
     def chosen(self, is_chosen_D: NDArray[np.bool_]) -> Hits:
         """Those of some documents, whose numbers stay what they are."""
@@ -237,25 +246,31 @@ def _batches(texts: Iterable[str]) -> Iterator[list[str]]:
         yield batch
 
 
-def _keys(texts: Sequence[str], table: Table) -> NDArray[np.uint64]:
-    """Number of a text times 2**32, and of a run of the table that it has: sorted, each once."""
+def _looked_up(texts: Sequence[str], table: Table) -> tuple[NDArray[np.uint64], list[int]]:
+    """Look up some texts.
+
+    Returns:
+        Number of a text times 2**32, and of a run of the table that it has: sorted, each once. And the numbers of texts
+        that may have almost no other runs.
+    """
     joined, ends = "".join(texts), np.cumsum([len(text) for text in texts])
-    found = [np.zeros(0, np.uint64)]
+    found, sampled = [np.zeros(0, np.uint64)], [np.zeros(0, np.uint64)]
     # A long text is hashed in parts, which overlap by what the last runs of each need.
     for start in range(0, max(1, len(joined) - NGRAM + 1), 4 * _AT_ONCE):
-        which, runs = table.places(_hashes(joined[start : start + 4 * _AT_ONCE + NGRAM - 1]))
+        hashes = _hashes(joined[start : start + 4 * _AT_ONCE + NGRAM - 1])
+        which, runs = table.places(hashes)
         which += start
         numbers = np.searchsorted(ends, which, side="right")
         # What reaches from one text into the next is no run of either.
         within = which + NGRAM <= ends[numbers]
         found.append(numbers[within].astype(np.uint64) << np.uint64(32) | runs[within].astype(np.uint64))
-    return distinct(np.concatenate(found))
-
-
-def _sizes(texts: Sequence[str], keys: NDArray[np.uint64], start: int) -> list[int]:
-    """See :attr:`Hits.size_D`; ``start`` is the number of the first text in the keys."""
-    hits = np.bincount((keys >> np.uint64(32)).astype(np.int64) - start, minlength=len(texts))
-    return [
-        len(distinct(_hashes(text))) if number >= LEAST_SHARED else 0
-        for text, number in zip(texts, hits.tolist(), strict=True)
-    ]
+        sampled.append(hashes[::_SAMPLED])
+    keys, sample = distinct(np.concatenate(found)), np.concatenate(sampled)
+    hits = np.bincount((keys >> np.uint64(32)).astype(np.int64), minlength=len(texts))
+    mostly = []
+    for i in np.flatnonzero(hits >= LEAST_SHARED).tolist():
+        begin, end = -(-int(ends[i] - len(texts[i])) // _SAMPLED), -(-int(ends[i] - NGRAM + 1) // _SAMPLED)
+        # Every fourth run: there are at least as many as these are.
+        if hits[i] > (1 - LEAST_OWN) * len(distinct(sample[begin:end])) - 1:
+            mostly.append(i)
+    return keys, mostly

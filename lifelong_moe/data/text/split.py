@@ -23,6 +23,8 @@ from lifelong_moe.errors import DataError
 
 RANGE = 2_000_000
 """Rows that are sorted at once; a range of hashes has about so many."""
+_AT_ONCE = 1 << 16
+"""Rows whose hashes are written as text at once."""
 TRAIN, HELDOUT = 0, 1
 """Parts of a spool: documents that are yet to be split, or of training alone; and explicit held-out ones."""
 Numbers = NDArray[np.int64]
@@ -116,8 +118,8 @@ def heldout_part(documents: Iterable[Document]) -> Sequence[Document]:
 def documents_sha256(documents: SpooledDocuments) -> str:
     """:func:`lifelong_moe.data.text.documents.documents_hash` of documents in order of hash, from their rows."""
     digest, separator = hashlib.sha256(), b""
-    for start in range(0, len(documents), RANGE):
-        hashes = documents.rows["hash"][documents.order[start : start + RANGE]]
+    for start in range(0, len(documents), _AT_ONCE):
+        hashes = documents.rows["hash"][documents.order[start : start + _AT_ONCE]]
         digest.update(separator + hashes.tobytes().hex("\n", 32).encode())
         separator = b"\n"
     return digest.hexdigest()

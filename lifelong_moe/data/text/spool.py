@@ -44,7 +44,7 @@ BUCKETS = 256
 _BUFFER_BYTES = 128 << 10
 """Written to a bucket at once."""
 _AT_ONCE = 4096
-"""Rows looked up at once."""
+"""Rows that are looked up at once."""
 _NOWHERE = -1
 """In place of where a text is that was not read."""
 _HEAD = struct.Struct("<IIQ")
@@ -289,7 +289,10 @@ class Spool:
                 places = where[begin : begin + len(file.rows)]
                 is_known[places[places != _NOWHERE]] = True
         others = np.flatnonzero(~is_known)
-        yield from zip(others.tolist(), self.documents(rows, numbers[others]), strict=True)
+        # In parts, since Python's numbers take nine times as much memory.
+        for start in range(0, len(others), _AT_ONCE):
+            part = others[start : start + _AT_ONCE]
+            yield from zip(part.tolist(), self.documents(rows, numbers[part]), strict=True)
         for begin, file in known:
             places = where[begin : begin + len(file.rows)].tolist()
             if any(place != _NOWHERE for place in places):
@@ -420,7 +423,8 @@ class SpooledDocuments(Sequence[Document]):
     @property
     def summary(self) -> Summary:
         """Their number and bytes."""
-        return Summary(len(self), int(self.rows["bytes"][self.order].sum()))
+        parts = range(0, len(self), _AT_ONCE)
+        return Summary(len(self), sum(int(self.rows["bytes"][self.order[i : i + _AT_ONCE]].sum()) for i in parts))
 
     def __len__(self) -> int:
         return len(self.order)
@@ -507,7 +511,7 @@ def source_numbers(documents: Sequence[Document]) -> NDArray[np.uint64]:
     """:func:`source_number` of each document; those of a spool are known."""
     documents = opened(documents)
     if isinstance(documents, SpooledDocuments):
-        return documents.rows["unit"][documents.order][:, 0].astype(np.uint64)
+        return documents.rows["unit"][:, 0][documents.order].astype(np.uint64)
     return np.array([source_number(document) for document in documents], dtype=np.uint64)
 
 

@@ -49,6 +49,8 @@ _VERIFIED = "verified.json"
 """Beside them, the notes on files that were hashed."""
 _BATCH_BYTES = 4 << 20
 """Text encoded at a time; bounds memory."""
+_BATCH_DOCUMENTS = 1 << 16
+"""Most documents encoded at a time, where no text need be read to know how long it is."""
 PIECE_BYTES = 32 << 20
 """Text after which tokens are kept, though the shard is not finished; of smaller text none is looked for, either."""
 
@@ -443,13 +445,12 @@ def _write_arrays(
 def _batches(documents: Sequence[Document]) -> Iterator[Sequence[Document]]:
     documents = opened(documents)
     if isinstance(documents, SpooledDocuments):
-        ends = np.cumsum(documents.num_bytes)
-        begin = 0
-        while begin < len(documents):
-            done = int(ends[begin - 1]) if begin else 0
-            end = min(int(np.searchsorted(ends, done + _BATCH_BYTES)) + 1, len(documents))
-            yield documents[begin:end]
-            begin = end
+        for start in range(0, len(documents), _BATCH_DOCUMENTS):
+            part = documents[start : start + _BATCH_DOCUMENTS]
+            assert isinstance(part, SpooledDocuments)
+            numbers = np.cumsum(part.num_bytes) // _BATCH_BYTES
+            edges = [0, *(np.flatnonzero(np.diff(numbers)) + 1).tolist(), len(part)]
+            yield from (part[begin:end] for begin, end in itertools.pairwise(edges))
         return
     batch: list[Document] = []
     size = 0

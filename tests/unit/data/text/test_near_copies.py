@@ -31,7 +31,7 @@ def parts(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> No
     if request.param == "in parts":
         monkeypatch.setattr(module, "PART_BYTES", 300)
         monkeypatch.setattr(module, "MOST_HITS", 50)
-        monkeypatch.setattr(runs, "_AT_ONCE", 30)
+        monkeypatch.setattr(runs, "_AT_ONCE", 32)
 
 
 def words(rng: random.Random, number: int) -> list[str]:
