@@ -54,8 +54,7 @@ def build_corpus(
 
     Args:
         name: The distribution.
-        documents: All documents, or with ``heldout`` the training documents; read once. Of files whose documents are
-            known nothing is read here.
+        documents: All documents, or with ``heldout`` the training documents; read once. Known files are not read.
         config: ``heldout_fraction``, ``heldout_sources`` and ``max_bytes``.
         heldout: Explicit held-out documents, read first; they are neither capped nor split.
         cache: Directory where text is kept for the time being if it is too much for memory; None holds all of it.
@@ -70,10 +69,7 @@ def build_corpus(
     spool = Spool(cache)
     for part, each in ((HELDOUT, heldout or ()), (TRAIN, documents)):
         for one in each:
-            if isinstance(one, Document):
-                spool.add(one, part)
-            else:
-                spool.add_known(one, part)
+            spool.add(one, part)
     rows = spool.rows()
     part_N = np.asarray(rows["part"])
     found = _distinct(spool, rows)

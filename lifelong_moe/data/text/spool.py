@@ -111,8 +111,11 @@ class Spool:
         """Files whose text was not read, with the number of their first document."""
         self._files: dict[str, _File] = {}
 
-    def add(self, document: Document, part: int = 0) -> None:
-        """Add a document, which was read for a part, such as 1 for held-out text."""
+    def add(self, document: Document | KnownFile, part: int = 0) -> None:
+        """Add a document, or those of a file that are known, for a part, such as 1 for held-out text."""
+        if not isinstance(document, Document):
+            self._add_known(document, part)
+            return
         data = document.text.encode("utf-8")
         digest = hashlib.sha256(data).digest()
         file = self._file(_LINE.sub("", document.origin))
@@ -124,8 +127,7 @@ class Spool:
         self._packed += _PACKED.pack(same, digest, split, cap, len(data), *name, answer, file, part)
         self._spill()
 
-    def add_known(self, file: KnownFile, part: int = 0) -> None:
-        """Add the documents of a file whose rows are known."""
+    def _add_known(self, file: KnownFile, part: int) -> None:
         self._known.append((len(self._places), file))
         number, names = self._file(file.name, len(file.rows)), file.names
         for start in range(0, len(file.rows), _AT_ONCE):
