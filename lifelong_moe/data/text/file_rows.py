@@ -26,6 +26,7 @@ from lifelong_moe.data.formats.outcomes import FileOutcome, Outcome
 from lifelong_moe.data.formats.streams import OpenFile, open_file
 from lifelong_moe.data.text.documents import Document
 from lifelong_moe.data.text.files import FilesReading, ReadNow, mode_of, reader_of
+from lifelong_moe.data.text.jsonl import known_jsonl
 from lifelong_moe.data.text.kept import document_rows, read_lines
 from lifelong_moe.data.text.manifest import FOLDER, ROWS, SeenFile, hashed_file
 from lifelong_moe.data.text.spool import ROW, SpooledDocuments
@@ -44,6 +45,8 @@ LEAST_BYTES = 1 << 20
 """Smaller files are read each time that one of their distribution has changed."""
 _MOST_HEAD_BYTES = 64 << 20
 _DIGEST_BYTES = 32
+_AT_ONCE = 1 << 20
+"""Bytes that are hashed at once."""
 
 
 @dataclass(frozen=True)
@@ -113,8 +116,9 @@ class FileRows:
             DataError: It holds other documents than it did.
         """
         hashes, number = memoryview(self.rows["hash"].tobytes()), 0
-        with open_file(self._path) as file:
-            for document in reader_of(self._path)(file, self._config):
+        # What only a changed file holds, since it was read strictly before.
+        with suppress(AttributeError, KeyError, RecursionError, TypeError, ValueError), open_file(self._path) as file:
+            for document in self._parsed(file):
                 if len(document.text.strip()) >= self._config.min_chars:
                     digest = hashlib.sha256(document.text.encode("utf-8")).digest()
                     if digest != hashes[32 * number : 32 * number + 32]:
@@ -125,6 +129,11 @@ class FileRows:
                 if number == self._head.documents:
                     return
         raise DataError(f"{self._path}: has changed since this command began; start it again.")
+
+    def _parsed(self, file: OpenFile) -> Iterator[Document]:
+        if self._path.suffix.lower() != ".jsonl":
+            return reader_of(self._path)(file, self._config)
+        return known_jsonl(file, self._config.text_field, self._config.source_field, self._config.answer_field)
 
 
 class RowsCache:
@@ -211,7 +220,10 @@ def _read(file: BufferedReader, path: Path, key: str) -> tuple[_Head, NDArray[np
     if head.key != key or end < begin + head.documents * ROW.itemsize + head.name_bytes:
         raise CorruptError(f"{path}: of another file.")
     data: NDArray[np.uint8] = np.memmap(file, np.uint8, "r")
-    if hashlib.sha256(memoryview(data[:end])).digest() != data[end:].tobytes():
+    digest = hashlib.sha256()
+    for start in range(0, end, _AT_ONCE):
+        digest.update(data[start : min(start + _AT_ONCE, end)].tobytes())
+    if digest.digest() != data[end:].tobytes():
         raise CorruptError(f"{path}: damaged.")
     # Garbage collection removes what nobody asked for in a long time.
     with suppress(OSError):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping
 from functools import partial
 from typing import Any
@@ -52,6 +53,24 @@ def read_jsonl(
             continue
         file.portion.hold()
         yield document
+
+
+def known_jsonl(
+    file: OpenFile, text_field: str, source_field: str, answer_field: str | None = None
+) -> Iterator[Document]:
+    """:func:`read_jsonl` of a file that it has read before, in half the time; the caller compares the texts' hashes.
+
+    Raises:
+        AttributeError, KeyError, RecursionError, TypeError, ValueError: If the file is another one.
+    """
+    stream = unpacked(file)
+    for number, line in enumerate(iter(partial(stream.readline, MAX_LINE_BYTES + 1), b""), 1):
+        if not line.strip():
+            return
+        row = json.loads(line)
+        text = row[text_field] if answer_field is None else f"{row[text_field]}{SEPARATOR}{row[answer_field]}"
+        source = row.get(source_field)
+        yield Document(text, own_unit(text) if source is None else source, f"{file.path}:{number}")
 
 
 def document_from(

@@ -30,8 +30,12 @@ SHARE = 0.5
 COMMON_SOURCES = 8
 """Most sources that have a run in common; a run of more (a licence, a greeting, a template) is *common*, any other is
 a document's *own*. Common runs do not count."""
-PART_BYTES = 32 << 20
+PART_BYTES = 4 << 20
 """Text that is looked up at once."""
+RANGES = 16
+"""Of runs whose sources are counted one after the other: as many as the first four bits of a number say."""
+LEAST_MERGED = 1 << 20
+"""Pairs of a run and a source that are collected before they are put in order with all others."""
 MOST_HITS = 8 << 20
 """Runs of possible near copies that are held; where there are more, text is looked up a second time."""
 
@@ -55,12 +59,16 @@ class _Sizes:
 
 
 class _Sources:
-    """Counts from how many sources each run of a table comes."""
+    """Counts from how many sources each run of a table comes.
+
+    A run and a source are one number, in order; they lie in ranges of runs, so that little is copied at a time.
+    """
 
     def __init__(self, table: Table) -> None:
         self._table, self._bits = table, np.uint64(len(table).bit_length())
         self._common_W = np.zeros(len(table), dtype=bool)
-        self._pairs = np.zeros(0, dtype=np.uint64)
+        self._ranges = [np.zeros(0, dtype=np.uint64)] * RANGES
+        self._new, self._num_new = list[NDArray[np.uint64]](), 0
 
     def _paired(self, runs: NDArray[np.int32], sources: NDArray[np.uint64]) -> NDArray[np.uint64]:
         # A run, and as much of its source's hash as there is place for beside it: 40 bits and more of a million runs.
@@ -75,29 +83,46 @@ class _Sources:
         """Count the sources of some documents' runs."""
         # Of a run that is common already no source counts any more.
         new = ~self._common_W[hits.run_H]
-        pairs = self._paired(hits.run_H[new], source_D[hits.document_H[new]])
-        self._pairs = distinct(np.concatenate([self._pairs, distinct(pairs)]))
-        runs, numbers = self._counted(self._pairs)
-        if (is_common := numbers > COMMON_SOURCES).any():
+        self._new.append(distinct(self._paired(hits.run_H[new], source_D[hits.document_H[new]])))
+        self._num_new += len(self._new[-1])
+        # Rarely, since all are put in order again.
+        if self._num_new > max(LEAST_MERGED, sum(map(len, self._ranges)) // 4):
+            self._merge()
+
+    def _merge(self) -> None:
+        parts = _in_ranges(np.concatenate([np.zeros(0, np.uint64), *self._new]))
+        self._new, self._num_new = [], 0
+        for number, part in enumerate(parts):
+            pairs = distinct(np.concatenate([self._ranges[number], part]))
+            runs, numbers = self._counted(pairs)
+            is_common = numbers > COMMON_SOURCES
             self._common_W[runs[is_common]] = True
-            self._pairs = self._pairs[np.repeat(~is_common, numbers)]
+            self._ranges[number] = pairs[np.repeat(~is_common, numbers)]
 
     def common(self, which_R: NDArray[np.bool_]) -> NDArray[np.bool_]:
         """Runs that more than :data:`COMMON_SOURCES` sources have, some documents of the table among them ``(W,)``."""
+        self._merge()
         common_W, numbers_W = self._common_W.copy(), self._table.documents_of(which_R)
-        runs, numbers = self._counted(self._pairs)
-        numbers_W[runs] += numbers
+        for pairs in self._ranges:
+            runs, numbers = self._counted(pairs)
+            numbers_W[runs] += numbers.astype(np.int32)
         # Only of these can there be enough sources, which are counted once each.
-        maybe = np.flatnonzero((numbers_W > COMMON_SOURCES) & ~common_W).astype(np.int32)
-        which, owner = self._table.owners(maybe)
+        is_asked_W = (numbers_W > COMMON_SOURCES) & ~common_W
+        asked = np.flatnonzero(is_asked_W).astype(np.int32)
+        which, owner = self._table.owners(asked)
         counts = which_R[owner]
-        pairs = self._paired(maybe[which[counts]], self._table.source_R[owner[counts]])
-        is_asked = np.zeros(len(common_W), dtype=bool)
-        is_asked[maybe] = True
-        pairs = distinct(np.concatenate([self._pairs[np.repeat(is_asked[runs], numbers)], pairs]))
-        runs, numbers = self._counted(pairs)
-        common_W[runs[numbers > COMMON_SOURCES]] = True
+        held = _in_ranges(self._paired(asked[which[counts]], self._table.source_R[owner[counts]]))
+        for pairs, more in zip(self._ranges, held, strict=True):
+            runs, numbers = self._counted(pairs)
+            runs, numbers = self._counted(distinct(np.concatenate([pairs[np.repeat(is_asked_W[runs], numbers)], more])))
+            common_W[runs[numbers > COMMON_SOURCES]] = True
         return common_W
+
+
+def _in_ranges(pairs: NDArray[np.uint64]) -> list[NDArray[np.uint64]]:
+    """Numbers in order, in ranges of their first bits; what is given is put in order itself."""
+    pairs.sort()
+    return np.split(pairs, np.searchsorted(pairs, np.arange(1, RANGES, dtype=np.uint64) << np.uint64(60)))
 
 
 def near_copies(documents: Sequence[Document], known: Iterable[Document], *, may_contain: bool) -> list[bool]:

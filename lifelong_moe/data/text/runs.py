@@ -206,11 +206,11 @@ class Hits:
             number += len(texts)
         key_H = np.concatenate(keys)
         numbers = (key_H >> np.uint64(32)).astype(np.int64), (key_H & np.uint64(0xFFFFFFFF)).astype(np.int32)
-        found = cls(*numbers, np.zeros(number, np.int64))
+        hits = cls(*numbers, np.zeros(number, np.int64))
         # To count all runs of a document takes as long as to look them up, and hardly one need be judged.
-        for i in {*judged, *found.shared(table)[0].tolist()}:
-            found.size_D[i] = len(ngrams(documents[i].text))
-        return found
+        for i in {*judged, *hits.shared(table)[0].tolist()}:
+            hits.size_D[i] = len(ngrams(documents[i].text))
+        return hits
 
     def chosen(self, is_chosen_D: NDArray[np.bool_]) -> Hits:
         """Those of some documents, whose numbers stay what they are."""

@@ -31,6 +31,7 @@ def parts(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> No
     if request.param == "in parts":
         monkeypatch.setattr(module, "PART_BYTES", 300)
         monkeypatch.setattr(module, "MOST_HITS", 50)
+        monkeypatch.setattr(module, "LEAST_MERGED", 40)
         monkeypatch.setattr(runs, "_AT_ONCE", 32)
 
 
