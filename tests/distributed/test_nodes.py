@@ -1,12 +1,15 @@
-"""Two nodes on this machine, each started by torchrun with one process."""
+"""Two nodes on this machine, each started by torchrun with one process, or with what srun puts in its environment."""
 
 from __future__ import annotations
 
 import json
 import os
+import random
 import socket
 import subprocess
 import sys
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -24,19 +27,49 @@ def free_port() -> int:
         return int(one.getsockname()[1])
 
 
-def torchrun(node: int, port: int, *arguments: str) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "torch.distributed.run", f"--nnodes={node_steps.NODES}", f"--node-rank={node}"]
-    command += ["--nproc-per-node=1", "--master-addr=127.0.0.1", f"--master-port={port}", "-m", "tests.node_steps"]
+def free_job() -> int:
+    """A job of SLURM's whose port, which Lightning makes of the number's end, is free."""
+    while True:
+        with socket.socket() as one, suppress(OSError):
+            one.bind(("127.0.0.1", 15_000 + (job := random.SystemRandom().randrange(10_000))))
+            return 7_000_000 + job
+
+
+def start(command: list[str], **environment: str) -> subprocess.Popen[str]:
+    """Start a node with nothing of a launcher's in its environment but what is given."""
+    launchers = ("SLURM_", "TORCHELASTIC_", "MASTER_")
+    outer = {name: value for name, value in os.environ.items() if not name.startswith(launchers)}
     path = os.pathsep.join(one or os.getcwd() for one in sys.path)
-    environment = {**os.environ, "PYTHONPATH": path, "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
+    outer |= {"PYTHONPATH": path, "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
     pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
-    return subprocess.Popen([*command, *arguments], env=environment, text=True, start_new_session=True, **pipes)
+    command = [sys.executable, *command, "-m", "tests.node_steps", "shared"]
+    return subprocess.Popen(command, env=outer | environment, text=True, start_new_session=True, **pipes)
 
 
-def test_two_nodes_take_the_steps_of_one(lab: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def torchrun(node: int, port: int) -> subprocess.Popen[str]:
+    """As docs/scheduling/nodes.sh does."""
+    command = ["-m", "torch.distributed.run", f"--nnodes={node_steps.NODES}", f"--node-rank={node}"]
+    return start([*command, "--nproc-per-node=1", "--master-addr=127.0.0.1", f"--master-port={port}"])
+
+
+def srun(node: int, job: int) -> subprocess.Popen[str]:
+    """As srun does in docs/scheduling/nodes.slurm: these are the variables that a task finds."""
+    told = {"JOB_ID": job, "JOB_NAME": "lifelong-moe-run", "JOB_NODELIST": "localhost", "NODELIST": "localhost"}
+    told |= {"NNODES": node_steps.NODES, "NTASKS": node_steps.NODES, "NTASKS_PER_NODE": 1}
+    told |= {"PROCID": node, "NODEID": node, "LOCALID": 0}
+    return start([], **{f"SLURM_{name}": str(value) for name, value in told.items()})
+
+
+@pytest.mark.parametrize(("launch", "place"), [(torchrun, free_port), (srun, free_job)], ids=["torchrun", "srun"])
+def test_two_nodes_take_the_steps_of_one(
+    lab: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    launch: Callable[[int, int], subprocess.Popen[str]],
+    place: Callable[[], int],
+) -> None:
     (lab / "shared").mkdir()
-    port = free_port()
-    nodes = [torchrun(node, port, "shared") for node in range(node_steps.NODES)]
+    where = place()
+    nodes = [launch(node, where) for node in range(node_steps.NODES)]
     try:
         said = [node.communicate(timeout=110)[0] for node in nodes]
     finally:

@@ -87,10 +87,11 @@ def own_loggers(config: TrainerConfig) -> list[Logger]:
 
 def _strategy(config: TrainerConfig) -> tuple[str | DDPStrategy, list[CheckpointIO | ClusterEnvironment]]:
     """Lightning's strategy and plugins for the configured number of processes."""
-    if config.processes == 1:
-        return "auto" if config.strategy in ("ddp", "fsdp") else config.strategy, [SafeCheckpointIO()]
-    # With LOCAL_RANK set, this environment makes Lightning join the ranks that run_ranks starts, and start none.
+    # With LOCAL_RANK set, this environment makes Lightning join the ranks that run_ranks starts, and start none. One
+    # process needs it too: in a job of SLURM's, Lightning would take the job's tasks for processes of its own.
     plugins: list[CheckpointIO | ClusterEnvironment] = [SafeCheckpointIO(), LightningEnvironment()]
+    if config.processes == 1:
+        return "auto" if config.strategy in ("ddp", "fsdp") else config.strategy, plugins
     if config.strategy == "fsdp":
         return ShardedStrategy(config.expert_parallel), plugins
     if config.expert_parallel > 1:

@@ -53,10 +53,21 @@ def test_what_this_machine_cannot_do_is_one_line() -> None:
 
 def test_ranks_work_together_by_gloo_and_one_process_alone() -> None:
     assert [_strategy(TrainerConfig(strategy=name))[0] for name in ("auto", "ddp", "fsdp")] == ["auto"] * 3
-    assert len(_strategy(TrainerConfig())[1]) == 1
     strategy, plugins = _strategy(TrainerConfig(devices=2))
     assert isinstance(strategy, DDPStrategy) and strategy.process_group_backend == "gloo" and len(plugins) == 2
     assert strategy._ddp_kwargs == {"find_unused_parameters": True, "forward_sync_buffers": False}
+
+
+@no_cuda
+@pytest.mark.parametrize("more", [{}, {"NTASKS_PER_NODE": "4"}])
+def test_one_process_is_alone_in_a_job_of_slurms_with_more_tasks(
+    monkeypatch: pytest.MonkeyPatch, more: dict[str, str]
+) -> None:
+    job = {"JOB_ID": "20017", "JOB_NAME": "run", "NTASKS": "4", "PROCID": "0", "NODEID": "0", "LOCALID": "0"}
+    for name, value in (job | more).items():
+        monkeypatch.setenv(f"SLURM_{name}", value)
+    trainer = build_trainer(TrainerConfig(accelerator="cpu"), 1)
+    assert (trainer.world_size, trainer.global_rank) == (1, 0)
 
 
 @pytest.mark.parametrize(
