@@ -54,7 +54,8 @@ def give_memory(model: nn.Module) -> None:
                 if tensor is None or not tensor.is_meta:
                     continue
                 if tensor not in made:
-                    empty = torch.empty_like(tensor, device="cpu")
+                    # By shape and strides: `empty_like`, of a tensor without memory, imports the compiler's algebra.
+                    empty = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="cpu")
                     is_parameter = isinstance(tensor, nn.Parameter)
                     made[tensor] = nn.Parameter(empty, requires_grad=tensor.requires_grad) if is_parameter else empty
                 held[name] = made[tensor]

@@ -17,7 +17,7 @@ import yaml
 
 HEAVY = (
     "torch", "torch._dynamo", "lightning", "pytorch_lightning", "mlflow", "sqlalchemy", "faiss", "sklearn",
-    "scipy", "scipy.stats",
+    "scipy", "scipy.stats", "sympy",
     "scipy.sparse", "transformers", "datasets", "tokenizers", "matplotlib", "pandas", "pyarrow",
 )  # fmt: skip
 ASK = """
