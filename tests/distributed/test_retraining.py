@@ -16,13 +16,12 @@ from torch import Tensor
 from lifelong_moe.errors import TryAgainError
 from lifelong_moe.store.stages import StageStore
 from lifelong_moe.training.loop.module import StageModule
-from tests.retrain_lab import arrive, head, ledger, make_base, stages, tick_and_text, write_retraining
+from tests.retrain_lab import arrive, head, ledger, make_base, tick_and_text, write_retraining
 from tests.tiny import CONTEXT, SEQUENCES, kill_self, stored_evaluations, working_in
 
 pytestmark = pytest.mark.usefixtures("forked")
 
 STEPS = 12
-STEPS_TOKENS = STEPS * SEQUENCES * CONTEXT
 
 
 @dataclass(frozen=True)
@@ -33,16 +32,16 @@ class Ticked:
     printed: str
     weights: dict[str, Tensor]
     """Of the champion."""
-    losses: list[dict[str, Any]]
-    """All that was measured."""
+    losses: list[float]
+    """Nats of each held-out text by each stage and probe, sorted."""
 
 
 def ticked(*overrides: str) -> Ticked:
     """One tick in the current directory."""
     outcome, printed = tick_and_text(*overrides)
     store = StageStore(Path("mlruns"))
-    measured = sorted(stored_evaluations(), key=repr)
-    return Ticked(outcome, printed, store.tensors(store.get(head()["stages"][-1])), measured)
+    losses = sorted(sum(one["nats"]) for one in stored_evaluations() if "nats" in one)
+    return Ticked(outcome, printed, store.tensors(store.get(head()["stages"][-1])), losses)
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +49,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished run with a batch in its inbox; to be copied."""
     root = tmp_path_factory.mktemp("base")
     with working_in(root):
-        make_base(root, stage_defaults={"tokens": STEPS_TOKENS}, checkpoint={"every_steps": 4})
+        make_base(root, stage_defaults={"tokens": STEPS * SEQUENCES * CONTEXT}, checkpoint={"every_steps": 4})
         write_retraining(probe={"fraction": 0.5}, drift={"documents": 40})
         arrive("sea")
     return root
@@ -109,9 +108,9 @@ def test_two_processes_promote_what_one_does(
     # The key does not know how many processes there were.
     for key in ("outcome", "action", "candidate", "batch", "champion"):
         assert found.outcome[key] == alone.outcome[key]
-    assert found.outcome["outcome"] == "promoted" and len(stages()) == len({*stages()})
+    assert found.outcome["outcome"] == "promoted"
     # Rounding of float32, of which AdamW makes more where a gradient is almost 0.
     assert found.weights.keys() == alone.weights.keys()
     apart = torch.cat([(one - alone.weights[name]).flatten() for name, one in found.weights.items()])
     assert float(apart.norm() / torch.cat([one.flatten() for one in alone.weights.values()]).norm()) < 1e-5
-    assert len(found.losses) == len(alone.losses)
+    assert len(found.losses) > 5 and found.losses == pytest.approx(alone.losses, rel=1e-4)
