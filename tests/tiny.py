@@ -9,6 +9,7 @@ import os
 import random
 import signal
 import sys
+import threading
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -22,6 +23,7 @@ from lifelong_moe.config.load import read_config
 from lifelong_moe.interop.layout.complete import with_checkpoint
 from lifelong_moe.store.evaluations import StoredTogether, read_evaluations
 from lifelong_moe.store.stages import StageStore
+from lifelong_moe.training.callbacks.checkpoint import WRITER
 from pipelines.cli import exit_code
 from pipelines.run.run import run
 from pipelines.shared.output import SafeConsole
@@ -169,6 +171,12 @@ def _become_child(action: Callable[[], Any], log: Path) -> NoReturn:
 
 
 def kill_self() -> NoReturn:
-    """SIGKILL, as a scheduler or the out-of-memory killer would."""
+    """SIGKILL, as a scheduler or the out-of-memory killer would; a step checkpoint under way is written first.
+
+    So a test knows which one is the newest. What a kill leaves of one under way, test_resume.py asks.
+    """
+    for thread in threading.enumerate():
+        if thread.name == WRITER and thread is not threading.current_thread():
+            thread.join()
     os.kill(os.getpid(), signal.SIGKILL)
     raise AssertionError("unreachable")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -14,7 +15,7 @@ from lifelong_moe.storage.files import rename, sync
 from lifelong_moe.storage.keys import canonical_json, file_sha256
 from lifelong_moe.storage.modes import SHARED, folder_mode, make_folder
 from lifelong_moe.storage.temporary import temporary
-from lifelong_moe.storage.verified import MANIFEST
+from lifelong_moe.storage.verified import MANIFEST, Entry
 
 
 @contextmanager
@@ -58,7 +59,8 @@ def write_directory(
 
     Args:
         target: Directory to create, with its parents.
-        files: By file name, a function that writes the file to a given path.
+        files: By file name, a function that writes the file to a given path. One that hashes what it writes returns
+            the :class:`Entry`; other files are read again for it.
         sign: Called with the complete directory before it gets its name, so that none is ever there unsigned.
 
     Raises:
@@ -66,11 +68,7 @@ def write_directory(
     """
     try:
         with new_directory(target) as work:
-            for name, write in files.items():
-                write(work / name)
-            entries = {
-                name: {"bytes": (work / name).stat().st_size, "sha256": file_sha256(work / name)} for name in files
-            }
+            entries = {name: asdict(_entry(work / name, write(work / name))) for name, write in files.items()}
             (work / MANIFEST).write_text(canonical_json({"files": entries}), encoding="utf-8")
             # What another process has committed meanwhile stays, and so does its signature.
             if sign is not None and not target.exists():
@@ -80,6 +78,10 @@ def write_directory(
         if disk_is_full(error):
             raise ResourceError(f"{target}: no space left on the disk; nothing committed was touched.") from error
         raise
+
+
+def _entry(path: Path, written: object) -> Entry:
+    return written if isinstance(written, Entry) else Entry(path.stat().st_size, file_sha256(path))
 
 
 def remove_directory(path: Path) -> None:

@@ -1,16 +1,18 @@
-"""Read safetensors files, the only format of weights that is loaded: a pickle could execute code."""
+"""Read and write safetensors files, the only format of weights that is loaded: a pickle could execute code."""
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
 from safetensors import SafetensorError, safe_open
 
 from lifelong_moe.errors import CorruptError
-from lifelong_moe.storage.verified import VerifiedDirectory
+from lifelong_moe.storage.verified import Entry, VerifiedDirectory
 
 if TYPE_CHECKING:  # commands that only list stages do without torch
     import torch
@@ -18,6 +20,8 @@ if TYPE_CHECKING:  # commands that only list stages do without torch
 
 CHUNK = 1 << 18
 """Numbers that are read, converted and looked at in one go."""
+WRITTEN_BYTES = 16 << 20
+"""That are written and hashed in one go."""
 _PREFIX = 8
 DTYPES = {
     "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "I64": "int64", "I32": "int32",
@@ -120,6 +124,43 @@ def fill(target: Tensor, file: BinaryIO, dtype: torch.dtype) -> None:
         # Zero times what is not finite is NaN: a tenth of the time of `isfinite`.
         if part.is_floating_point() and not float((part * 0).sum()) == 0:
             raise CorruptError("holds a number that is not finite.")
+
+
+def write_hashed(tensors: Mapping[str, Tensor], path: Path) -> Entry:
+    """Write a safetensors file, and hash it as it is written.
+
+    Neither holds Python's lock, so that a thread which writes leaves the others their time.
+
+    Args:
+        tensors: Contiguous, on the CPU.
+        path: The file; there is none yet.
+    """
+    import torch
+
+    kinds = {getattr(torch, word): kind for kind, word in DTYPES.items()}
+    # The largest numbers first: then each tensor begins at a multiple of its numbers' size.
+    ordered = sorted(tensors.items(), key=lambda item: (-item[1].element_size(), item[0]))
+    header, end = {}, 0
+    for name, one in ordered:
+        header[name] = {"dtype": kinds[one.dtype], "shape": [*one.shape], "data_offsets": [end, end + one.nbytes]}
+        end += one.nbytes
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % _PREFIX)
+    hashed = hashlib.sha256()
+    parts = (memoryview(len(text).to_bytes(_PREFIX, "little") + text), *(_raw(one) for _, one in ordered))
+    with path.open("xb") as file:
+        for data in parts:
+            for start in range(0, len(data), WRITTEN_BYTES):
+                part = data[start : start + WRITTEN_BYTES]
+                file.write(part)
+                hashed.update(part)
+        return Entry(file.tell(), hashed.hexdigest())
+
+
+def _raw(tensor: Tensor) -> memoryview:
+    import torch
+
+    return memoryview(tensor.view(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
 
 
 def _extents(file: BinaryIO) -> dict[str, _Extent]:

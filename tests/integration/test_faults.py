@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import itertools
 import json
 import os
 import shutil
@@ -20,6 +21,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from lifelong_moe.errors import ConfigError, DivergedError, ResourceError, TryAgainError
+from lifelong_moe.storage import directories
 from lifelong_moe.store.stages import StageStore
 from lifelong_moe.training.callbacks.progress import StepCheckpoint
 from lifelong_moe.training.loop import guard, rollback
@@ -453,6 +455,40 @@ def test_a_disk_that_fills_at_any_operation_of_a_commit(tmp_path: Path, monkeypa
     # The folder of stages is there: the one that is made is the half-written stage.
     assert Counter(failed) >= Counter(mkdir=1, save_file=1, write_text=4, chmod=4, fsync=7, rename=1)
     assert StageStore(tmp_path).get("b" * 64).name == "new"
+
+
+@pytest.mark.parametrize(("failing", "heard"), [(1, 8), (3, 12)])
+def test_a_disk_that_fills_while_a_checkpoint_is_written(
+    lab: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], failing: int, heard: int
+) -> None:
+    """Heard of at the next checkpoint, or at the end; those before it stay."""
+    write_config(tiny_config(("fruit",)))
+    calls, steps, original, end = (
+        itertools.count(1),
+        list[int](),
+        directories._publish,
+        StepCheckpoint.on_train_batch_end,
+    )
+
+    def publish(work: Path, target: Path) -> None:
+        if target.name.startswith("step-") and next(calls) == failing:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        original(work, target)
+
+    def on_train_batch_end(self: StepCheckpoint, trainer: Any, *args: Any) -> None:
+        steps.append(trainer.global_step)
+        end(self, trainer, *args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(directories, "_publish", publish)
+        patch.setattr(StepCheckpoint, "on_train_batch_end", on_train_batch_end)
+        assert exit_code(lambda: train()) == ResourceError.exit_code == 8
+    assert "no space left on the disk" in capsys.readouterr().err.splitlines()[-1]
+    assert steps[-1] == heard
+    assert len(list((lab / "mlruns").glob("work/*/step-*"))) == failing - 1
+    assert list((lab / "mlruns").rglob(".tmp-*")) == []
+    _, printed = train()
+    assert ("continuing from step-0-00000008" in printed) == (failing == 3)
 
 
 def exhaust_device() -> None:

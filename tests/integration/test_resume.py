@@ -6,6 +6,7 @@ import itertools
 import json
 import os
 import signal
+import threading
 import time
 from collections.abc import Callable
 from functools import partial
@@ -16,7 +17,9 @@ import pytest
 import torch
 
 from lifelong_moe.errors import TryAgainError
+from lifelong_moe.storage import directories
 from lifelong_moe.store.stages import StageStore
+from lifelong_moe.training.callbacks import checkpoint
 from lifelong_moe.training.callbacks import progress as callbacks
 from lifelong_moe.training.callbacks.energy import EnergyCounter
 from lifelong_moe.training.callbacks.progress import StepCheckpoint
@@ -338,6 +341,50 @@ def test_a_signal_checkpoints_and_the_run_continues(
     assert "code: continuing from step-0-00000006" in printed
     assert hashes() == expected
     assert measured(report) == measured(expected_report)
+
+
+@pytest.mark.parametrize(
+    ("owner", "function", "after", "continues"),
+    [
+        (checkpoint, "write_hashed", False, 4),
+        (checkpoint, "write_hashed", True, 4),
+        (directories, "_publish", False, 4),
+        (directories, "_publish", True, 8),
+    ],
+    ids=["before its tensors", "after its tensors", "before its name", "after its name"],
+)
+def test_killed_while_a_checkpoint_is_written(
+    lab: Path,
+    uninterrupted: Callable[[str], tuple[list[str], dict[str, Any]]],
+    owner: Any,
+    function: str,
+    after: bool,
+    continues: int,
+) -> None:
+    """That of step 8, in the background of training, which has taken step 10 by then: it is there whole or not."""
+    write_config(tiny_config(**MODES["learned"]))
+
+    def action() -> None:
+        step_10, original, calls = threading.Event(), getattr(owner, function), itertools.count(1)
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            is_second = threading.current_thread().name == checkpoint.WRITER and next(calls) == 2
+            result = original(*args, **kwargs) if after or not is_second else None
+            if is_second:
+                assert step_10.wait(60)
+                kill_self()
+            return result
+
+        setattr(owner, function, call)
+        at(("fruit", "train", 10), step_10.set, saved=False)
+        train()
+
+    child = fork(action)
+    assert child.wait() == -signal.SIGKILL, child.output
+    _, printed = train()
+    assert f"fruit: continuing from step-0-{continues:08d}" in printed
+    assert hashes() == uninterrupted("learned")[0]
+    assert list((lab / "mlruns").rglob(".tmp-*")) == []
 
 
 def test_sigint_that_was_ignored_stays_ignored(

@@ -6,19 +6,21 @@ import json
 import logging
 import re
 import shutil
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from lightning.pytorch.plugins.io import CheckpointIO
-from safetensors.torch import save_file
 from torch import Tensor
 
 from lifelong_moe.errors import CorruptError
 from lifelong_moe.storage.directories import write_directory
 from lifelong_moe.storage.files import rename
 from lifelong_moe.storage.stored import parse_json, read_json
-from lifelong_moe.storage.tensors import load_weights
+from lifelong_moe.storage.tensors import load_weights, write_hashed
 from lifelong_moe.storage.verified import verify_directory
 
 log = logging.getLogger(__name__)
@@ -27,6 +29,8 @@ NAME = re.compile(r"step-([0-9]-)?[0-9]{8,12}")
 """Of a checkpoint's directory; see :func:`checkpoint_path`. In earlier versions the phase was not part of it."""
 PARTS = ("state_dict", "optimizer_states", "lr_schedulers", "loops", "callbacks", "global_step")
 """What Lightning reads of every checkpoint."""
+WRITER = "step checkpoint"
+"""Name of the thread that writes one."""
 LAYOUT = 2
 """Layout of optimizer states; since 2 a generation's experts share one state a matrix."""
 
@@ -41,9 +45,9 @@ def flatten(value: Any, tensors: dict[str, Tensor]) -> Any:
         TypeError: If something is neither plain data nor a tensor, and so would need pickle.
     """
     if isinstance(value, Tensor):
-        # Cloned: views of one storage, such as tied weights, are refused by safetensors.
+        # Copied once, wherever it is: training goes on and changes it while the copy is written.
         name = f"t{len(tensors)}"
-        tensors[name] = value.detach().cpu().contiguous().clone()
+        tensors[name] = value.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
         return {"$tensor": name}
     if isinstance(value, dict):
         # AdamW's state has integers as keys, which JSON would make strings.
@@ -79,15 +83,7 @@ class SafeCheckpointIO(CheckpointIO):
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
         """Commit a checkpoint to the directory ``path``."""
-        tensors: dict[str, Tensor] = {}
-        text = json.dumps({"layout": LAYOUT, **flatten(checkpoint, tensors)})
-        write_directory(
-            Path(path),
-            {
-                TENSORS: lambda file: save_file(tensors, file),
-                STATE: lambda file: _write(file, text),
-            },
-        )
+        _write(*_plain(checkpoint), Path(path))
 
     def load_checkpoint(
         self, path: Any, map_location: Any | None = None, weights_only: bool | None = None
@@ -109,8 +105,81 @@ class SafeCheckpointIO(CheckpointIO):
         shutil.rmtree(path, ignore_errors=True)
 
 
-def _write(path: Path, text: str) -> None:
-    path.write_text(text, encoding="utf-8")
+class BackgroundCheckpointIO(SafeCheckpointIO):
+    """The same, written by a thread from a copy in the CPU's memory while training goes on: one at a time.
+
+    A checkpoint is there when it is whole, as before; a kill in between leaves those before it.
+
+    Args:
+        keep: After each one, older ones than the newest ``keep`` are removed.
+    """
+
+    def __init__(self, keep: int) -> None:
+        self.keep = keep
+        self._writer: threading.Thread | None = None
+        self._error: BaseException | None = None
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
+        """Copy a checkpoint, and begin to write it once the one before is written.
+
+        Raises:
+            ResourceError: If the disk was full for the one before.
+        """
+        self.finish()
+        # Not a daemon: the process waits for it at its end. SIGTERM stays blocked in it where it is in the process.
+        self._writer = threading.Thread(target=self._run, args=(*_plain(checkpoint), Path(path)), name=WRITER)
+        self._writer.start()
+
+    def finish(self) -> None:
+        """Wait until nothing is being written.
+
+        Raises:
+            ResourceError: If the disk was full. Each error is raised once.
+        """
+        if self._writer is not None:
+            self._writer.join()
+            self._writer = None
+        if (error := self._error) is not None:
+            self._error = None
+            raise error
+
+    @contextmanager
+    def finished(self) -> Iterator[None]:
+        """Context that ends when nothing is being written; an error within it comes before one of writing."""
+        try:
+            yield
+        except BaseException:
+            try:
+                self.finish()
+            except (Exception, KeyboardInterrupt) as error:
+                log.warning("a step checkpoint was not written: %s", error)
+            raise
+        self.finish()
+
+    def _run(self, tensors: dict[str, Tensor], text: str, path: Path) -> None:
+        try:
+            _write(tensors, text, path)
+            # After the commit, so that there always is one.
+            for old in checkpoints(path.parent)[: -self.keep]:
+                self.remove_checkpoint(old)
+        except BaseException as error:  # whatever it is, it is the training's to raise
+            self._error = error
+
+
+def _plain(checkpoint: dict[str, Any]) -> tuple[dict[str, Tensor], str]:
+    """Copies of a checkpoint's tensors, and the rest of it as JSON."""
+    tensors: dict[str, Tensor] = {}
+    return tensors, json.dumps({"layout": LAYOUT, **flatten(checkpoint, tensors)})
+
+
+def _write(tensors: dict[str, Tensor], text: str, path: Path) -> None:
+    write_directory(
+        path,
+        {
+            TENSORS: lambda file: write_hashed(tensors, file),
+            STATE: lambda file: file.write_text(text, encoding="utf-8"),
+        },
+    )
 
 
 def checkpoint_path(work: Path, phase: int, step: int) -> Path:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 import resource
-import shutil
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from rich.table import Column
 
 from lifelong_moe.errors import TryAgainError, both_ends, visible
 from lifelong_moe.measures import MEASURES, duration
-from lifelong_moe.training.callbacks.checkpoint import checkpoint_path, checkpoints
+from lifelong_moe.training.callbacks.checkpoint import checkpoint_path
 from lifelong_moe.training.callbacks.energy import READ_SECONDS, EnergyMeter, energy_counters
 from lifelong_moe.training.callbacks.interrupt import Interrupt
 
@@ -206,11 +206,21 @@ class ProgressReport(Callback):
 
 
 class StepCheckpoint(Callback):
-    """Commits a checkpoint every ``every_steps`` steps and on a request to stop; keeps the newest few."""
+    """Saves a checkpoint every ``every_steps`` steps, and on a request to stop.
 
-    def __init__(self, work: Path, phase: int, every_steps: int, keep: int, interrupt: Interrupt) -> None:
-        self.work, self.phase, self.every_steps, self.keep = work, phase, every_steps, keep
-        self.interrupt = interrupt
+    Args:
+        work: The stage's folder.
+        phase: Number of the phase.
+        every_steps: Steps between checkpoints.
+        interrupt: The request.
+        finish: Waits until all is written.
+    """
+
+    def __init__(
+        self, work: Path, phase: int, every_steps: int, interrupt: Interrupt, finish: Callable[[], object]
+    ) -> None:
+        self.work, self.phase, self.every_steps = work, phase, every_steps
+        self.interrupt, self.finish = interrupt, finish
         self._saved = -1
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -234,15 +244,13 @@ class StepCheckpoint(Callback):
         # The result of ranks reaches the main process through a checkpoint.
         ends_rank = step == trainer.max_steps and trainer.world_size > 1
         if requested or ends_rank or step % self.every_steps == 0:
-            # Sent before the commit: a run that continues from the checkpoint does not log these points again.
+            # Sent before it is written: a run that continues from the checkpoint does not log these points again.
             for logger in trainer.loggers:
                 logger.save()
             trainer.save_checkpoint(checkpoint_path(self.work, self.phase, step))
             self._saved = step
-            # After the commit, so that there always is one.
-            if trainer.is_global_zero:
-                for old in checkpoints(self.work)[: -self.keep]:
-                    shutil.rmtree(old, ignore_errors=True)
+        if requested or ends_rank:
+            self.finish()
         if requested:
             raise TryAgainError(
                 f"stopped after step {step}, which is checkpointed; run the same command again to continue."

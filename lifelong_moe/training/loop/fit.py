@@ -18,7 +18,7 @@ from lifelong_moe.errors import ResourceError, memory_is_full
 from lifelong_moe.model.offload import streamer_to
 from lifelong_moe.plan.spec import StageSpec
 from lifelong_moe.retention.teacher_cache import TeacherCache
-from lifelong_moe.training.callbacks.checkpoint import SafeCheckpointIO, checkpoint_path
+from lifelong_moe.training.callbacks.checkpoint import BackgroundCheckpointIO, SafeCheckpointIO, checkpoint_path
 from lifelong_moe.training.callbacks.collapse import collapse_warning
 from lifelong_moe.training.callbacks.interrupt import Interrupt
 from lifelong_moe.training.callbacks.logger import BatchedLogger
@@ -82,11 +82,11 @@ class PhaseFit:
         """
         job, spec, steps = self.job, self.job.spec, self.job.phase.steps
         logger = BatchedLogger(spec.name, job.run_id, here.send, job.first_step) if rank == 0 else None
-        resumption = Resumption(job.resume)
-        callbacks = [resumption, *self._callbacks(rank, here)]
+        resumption, writer = Resumption(job.resume), BackgroundCheckpointIO(job.checkpoint.keep)
+        callbacks = [resumption, *self._callbacks(rank, here, writer)]
         loggers = [] if logger is None else [logger, *own_loggers(job.trainer)]
         with self._in_training(here.interrupt), _explained_full_memory(spec):
-            trainer = build_trainer(job.trainer, steps, callbacks, loggers)
+            trainer = build_trainer(job.trainer, steps, callbacks, loggers, writer)
             if not job.trainer.is_sharded:
                 # Gathered weights of all sizes come and go with every block: kept, they took three times the memory.
                 keep_freed_memory()
@@ -96,7 +96,8 @@ class PhaseFit:
             offloads = job.frozen.offload == Offload.cpu
             # Before fit, whose setup moves the whole module to the device.
             offloaded = self.module.offloaded(streamer_to(trainer.strategy.root_device) if offloads else None)
-            with resumption.blamed(), offloaded:
+            # Before all else: a rollback removes checkpoints, and none may come after it.
+            with writer.finished(), resumption.blamed(), offloaded:
                 trainer.fit(self.module, self.data, ckpt_path=job.resume, weights_only=True)
         # Trainer and module refer to each other: what they hold would stay until Python looks for cycles.
         trainer.strategy.optimizers, trainer.strategy.lr_scheduler_configs = [], []
@@ -119,7 +120,7 @@ class PhaseFit:
         ):
             yield
 
-    def _callbacks(self, rank: int, here: Surroundings) -> list[Callback]:
+    def _callbacks(self, rank: int, here: Surroundings, writer: BackgroundCheckpointIO) -> list[Callback]:
         """In the order in which they act; only rank 0 prints."""
         job, config, spec, outlook = self.job, self.job.trainer, self.job.spec, self.job.outlook
         title = spec.name if job.phase.name == "train" else f"{spec.name} ({job.phase.name})"
@@ -140,7 +141,7 @@ class PhaseFit:
             *collapse_warning(spec, config.log_every_n_steps if rank == 0 else None),
             *own_callbacks(config),
             # Last, so that a checkpoint holds the state of all others after this step.
-            StepCheckpoint(job.work, job.number, job.checkpoint.every_steps, job.checkpoint.keep, here.interrupt),
+            StepCheckpoint(job.work, job.number, job.checkpoint.every_steps, here.interrupt, writer.finish),
         ]
 
     def _fit_in_ranks(self, here: Surroundings) -> None:

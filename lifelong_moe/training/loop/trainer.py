@@ -23,9 +23,13 @@ from lifelong_moe.training.ranks.sharding import ShardedStrategy
 
 
 def build_trainer(
-    config: TrainerConfig, steps: int, callbacks: Sequence[Callback] = (), loggers: Sequence[Logger] = ()
+    config: TrainerConfig,
+    steps: int,
+    callbacks: Sequence[Callback] = (),
+    loggers: Sequence[Logger] = (),
+    writer: CheckpointIO | None = None,
 ) -> Trainer:
-    """A Lightning Trainer for ``steps`` steps.
+    """A Lightning Trainer for ``steps`` steps, whose checkpoints a writer writes.
 
     Raises:
         ConfigError: If this machine cannot do what ``trainer`` asks for.
@@ -33,7 +37,7 @@ def build_trainer(
     # Deterministic by default on the CPU, where resuming is exact bit for bit; on a GPU it is the user's choice.
     on_cpu = config.accelerator == "cpu" or (config.accelerator == "auto" and not torch.cuda.is_available())
     try:
-        strategy, plugins = _strategy(config)
+        strategy, plugins = _strategy(config, writer or SafeCheckpointIO())
         trainer = Trainer(
             accelerator=config.accelerator,
             devices=config.devices,
@@ -85,11 +89,13 @@ def own_loggers(config: TrainerConfig) -> list[Logger]:
     return build_own(config.logger, Logger, "trainer.logger")
 
 
-def _strategy(config: TrainerConfig) -> tuple[str | DDPStrategy, list[CheckpointIO | ClusterEnvironment]]:
+def _strategy(
+    config: TrainerConfig, writer: CheckpointIO
+) -> tuple[str | DDPStrategy, list[CheckpointIO | ClusterEnvironment]]:
     """Lightning's strategy and plugins for the configured number of processes."""
     # With LOCAL_RANK set, this environment makes Lightning join the ranks that run_ranks starts, and start none. One
     # process needs it too: in a job of SLURM's, Lightning would take the job's tasks for processes of its own.
-    plugins: list[CheckpointIO | ClusterEnvironment] = [SafeCheckpointIO(), LightningEnvironment()]
+    plugins: list[CheckpointIO | ClusterEnvironment] = [writer, LightningEnvironment()]
     if config.processes == 1:
         return "auto" if config.strategy in ("ddp", "fsdp") else config.strategy, plugins
     if config.strategy == "fsdp":

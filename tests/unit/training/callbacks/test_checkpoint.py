@@ -2,18 +2,23 @@ from __future__ import annotations
 
 import json
 import math
+import threading
 from collections import OrderedDict
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
 
 from lifelong_moe.errors import CorruptError
+from lifelong_moe.training.callbacks import checkpoint as module
 from lifelong_moe.training.callbacks.checkpoint import (
     PARTS,
     STATE,
+    BackgroundCheckpointIO,
     SafeCheckpointIO,
     checkpoint_path,
     checkpoints,
@@ -157,3 +162,70 @@ def test_checkpoints_of_an_earlier_version_are_set_aside(tmp_path: Path) -> None
     assert checkpoints(tmp_path) == [damaged, new] and (tmp_path / f"earlier-{old.name}").exists()
     assert len(said) == 1 and f"{old} is of an earlier version" in said[0]
     assert newest_checkpoint(tmp_path) == (0, new)
+
+
+@pytest.fixture
+def writing(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
+    """What a write in the background waits for."""
+    allowed, original = threading.Event(), module.write_hashed
+
+    def held(tensors: dict[str, Tensor], path: Path) -> Any:
+        assert allowed.wait(60)
+        return original(tensors, path)
+
+    monkeypatch.setattr(module, "write_hashed", held)
+    yield allowed
+    allowed.set()
+
+
+def test_training_goes_on_while_a_copy_is_written(tmp_path: Path, writing: threading.Event) -> None:
+    io, weight = BackgroundCheckpointIO(keep=2), torch.zeros(2)
+    io.save_checkpoint(
+        {**dict.fromkeys(PARTS, 0), "w": weight, "turned": torch.ones(2, 3).t()}, tmp_path / "step-0-00000001"
+    )
+    weight += 1
+    assert checkpoints(tmp_path) == []
+    writing.set()
+    io.finish()
+    found = io.load_checkpoint(tmp_path / "step-0-00000001")
+    assert found["w"].tolist() == [0, 0] and found["turned"].shape == (3, 2)
+    for step in range(2, 6):
+        io.save_checkpoint({"w": weight}, checkpoint_path(tmp_path, 0, step))
+    io.finish()
+    assert [path.name for path in checkpoints(tmp_path)] == ["step-0-00000004", "step-0-00000005"]  # the newest
+
+
+def test_a_second_write_waits_for_the_first(tmp_path: Path, writing: threading.Event) -> None:
+    io = BackgroundCheckpointIO(keep=2)
+    io.save_checkpoint({"w": torch.zeros(2)}, checkpoint_path(tmp_path, 0, 1))
+    second = threading.Thread(target=lambda: io.save_checkpoint({}, checkpoint_path(tmp_path, 0, 2)))
+    second.start()
+    second.join(0.05)
+    assert second.is_alive()
+    writing.set()
+    second.join()
+    io.finish()
+    assert len(checkpoints(tmp_path)) == 2
+
+
+def test_an_error_of_writing_is_raised_once_by_what_comes_next(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    def failed() -> BackgroundCheckpointIO:
+        io = BackgroundCheckpointIO(keep=2)
+        io.save_checkpoint({"w": torch.zeros(2)}, tmp_path / "a file" / "step-0-00000001")
+        return io
+
+    (tmp_path / "a file").touch()
+    io = failed()
+    with pytest.raises(OSError, match="a file"):
+        io.save_checkpoint({"w": torch.zeros(2)}, checkpoint_path(tmp_path, 0, 2))
+    io.finish()
+    with pytest.raises(OSError, match="a file"), failed().finished():
+        pass
+    # What ended training comes first.
+    io = failed()
+    with pytest.raises(ZeroDivisionError), io.finished():
+        raise ZeroDivisionError
+    assert "was not written" in caplog.text
+    io.finish()
