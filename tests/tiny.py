@@ -10,6 +10,7 @@ import random
 import signal
 import sys
 import threading
+import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -168,6 +169,14 @@ def _become_child(action: Callable[[], Any], log: Path) -> NoReturn:
         traceback.print_exc()
     finally:
         os._exit(code)
+
+
+def wait_for_checkpoint(step: int) -> None:
+    """Wait until another process has written a stage's checkpoint."""
+    began = time.monotonic()
+    while not list(Path("mlruns").glob(f"work/*/step-0-{step:08d}")):
+        assert time.monotonic() - began < 60, step
+        time.sleep(0.01)
 
 
 def kill_self() -> NoReturn:

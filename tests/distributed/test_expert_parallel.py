@@ -39,7 +39,7 @@ from lifelong_moe.training.ranks.experts import place_experts
 from tests.conftest import ROUTER_KINDS
 from tests.divided import MakeModel, MakeRun, Watch, second_stage, take_steps, take_steps_in_ranks
 from tests.forked import run_forked
-from tests.tiny import fork, kill_self, tiny_config, train, write_config
+from tests.tiny import fork, kill_self, tiny_config, train, wait_for_checkpoint, write_config
 
 pytestmark = [
     pytest.mark.usefixtures("forked"),
@@ -245,6 +245,7 @@ def test_a_stage_goes_on_with_other_numbers_of_processes(lab: Path, monkeypatch:
         # Nothing keeps what others have; frozen experts may be the teacher's, too.
         assert num_ranks() == 1 or (whole and all(one() is None for one in whole))
         if (self.spec.name, self.global_step, num_ranks() - 1) == ("code", 6, rank()):
+            wait_for_checkpoint(4)
             kill_self()
         return original(self, batch, batch_idx)
 

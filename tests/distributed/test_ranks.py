@@ -38,6 +38,7 @@ from tests.tiny import (
     kill_self,
     tiny_config,
     train,
+    wait_for_checkpoint,
     write_config,
     write_corpora,
 )
@@ -209,7 +210,7 @@ def test_a_rank_that_is_killed_ends_all(
 ) -> None:
     configure(("fruit",))
     with monkeypatch.context() as patch:
-        at(patch, rank, kill_self)
+        at(patch, rank, lambda: (wait_for_checkpoint(EVERY), kill_self()))  # rank 0's, in the background
         began = time.monotonic()
         with pytest.raises(TryAgainError, match=rf"^training process {rank} of 2 was ended by SIGKILL; .*continue"):
             train()
