@@ -3,7 +3,8 @@
 Where a loss is not a mean over tokens, it is one of the tokens of all processes that take a step together, so that
 their number does not change what is minimized.
 
-Legend: T tokens, E experts, K experts chosen per token.
+Legend: T tokens, E experts, K experts chosen per token. Where "…" stands before them, layers may stand: one call then
+answers for all.
 """
 
 from __future__ import annotations
@@ -34,15 +35,15 @@ def load_balancing_loss(
     ``sum_e f_e * p_e / (K * q_e)``. If all tokens have all experts, this is the same; it is 1 where ``f / K = p = q``.
 
     Args:
-        probs_TE: Router probabilities, float32 ``(T, E)``; rows sum to 1.
-        expert_ids_TK: Chosen experts, int64 ``(T, K)``, distinct within a row.
+        probs_TE: Router probabilities, float32 ``(…, T, E)``; rows sum to 1.
+        expert_ids_TK: Chosen experts, int64 ``(…, T, K)``, distinct within a row.
         mask_T: True for real tokens, bool ``(T,)``. Padding has no effect.
         first_expert: Balance experts from this index on.
         allowed_TE: Experts that each token may use, bool ``(T, E)``; all others have probability 0. None means all.
         earlier_E: Choices in earlier parts of the batch, on all processes, that ``f`` is to count as well, ``(E,)``.
 
     Returns:
-        Scalar float32, unweighted. Only ``p_e`` carries gradient. 0 if no assignment is left to balance.
+        Float32 ``(…)``, unweighted. Only ``p_e`` carries gradient. 0 if no assignment is left to balance.
 
     Raises:
         ValueError: If no token is unmasked; the mean is then undefined. On a CPU only: a device is not asked.
@@ -52,28 +53,29 @@ def load_balancing_loss(
         batch at hand: Qwen's global-batch balance (arXiv:2501.11873), where ``p`` stays local too.
     """
     _require_tokens(mask_T, "load_balancing_loss")
-    counts_E = choice_counts(expert_ids_TK, mask_T, probs_TE.shape[1]).to(probs_TE.dtype)
+    counts_E = choice_counts(expert_ids_TK, mask_T, probs_TE.shape[-1]).to(probs_TE.dtype)
     sums = [counts_E, masked_sum(probs_TE, mask_T), mask_T.sum().to(probs_TE.dtype)]
     if allowed_TE is not None:
         allowed = allowed_TE.to(probs_TE.dtype)
         sums.append(masked_sum(allowed / allowed.sum(dim=1, keepdim=True), mask_T))
     # One message for all sums; gradients flow through the probabilities alone.
     counts_E, probs_E, num_tokens, *evens = sums_over_ranks(*sums)
-    counts_E = (counts_E if earlier_E is None else counts_E + earlier_E)[first_expert:]
+    counts_E = (counts_E if earlier_E is None else counts_E + earlier_E)[..., first_expert:]
     mass_E = _mean_shares(probs_E, num_tokens, first_expert)
-    share_E = counts_E / counts_E.sum().clamp_min(1.0)
+    share_E = counts_E / counts_E.sum(dim=-1, keepdim=True).clamp_min(1.0)
     if not evens:
-        return counts_E.numel() * (share_E * mass_E).sum()
+        return counts_E.shape[-1] * (share_E * mass_E).sum(dim=-1)
     even_E = _mean_shares(evens[0], num_tokens, first_expert)
     # An expert that no token may use has neither mass nor even share: 0 / 1e-9 adds nothing.
-    return (share_E * mass_E / even_E.clamp_min(1e-9)).sum()
+    return (share_E * mass_E / even_E.clamp_min(1e-9)).sum(dim=-1)
 
 
 def choice_counts(expert_ids_TK: Tensor, mask_T: Tensor, num_experts: int) -> Tensor:
-    """How often real tokens chose each expert, int64 ``(E,)``; choices below 0 are none."""
+    """How often real tokens chose each expert, int64 ``(…, E)``, of ``(…, T, K)``; choices below 0 are none."""
     # scatter_add below and not bincount, which would wait for a CUDA device.
     counts = (mask_T.unsqueeze(1) & (expert_ids_TK >= 0)).long()
-    return counts.new_zeros(num_experts).scatter_add(0, expert_ids_TK.clamp_min(0).flatten(), counts.flatten())
+    zeros = counts.new_zeros(*counts.shape[:-2], num_experts)
+    return zeros.scatter_add(-1, expert_ids_TK.clamp_min(0).flatten(-2), counts.flatten(-2))
 
 
 def _require_tokens(mask_T: Tensor, name: str) -> None:
@@ -164,10 +166,10 @@ def relu_sparsity_loss(gates_TE: Tensor, mask_T: Tensor, top_k: int) -> Tensor:
 
 
 def masked_sum(values: Tensor, mask_T: Tensor) -> Tensor:
-    """Sum over unmasked tokens of ``(T,)`` or ``(T, E)``."""
+    """Sum over unmasked tokens of ``(T,)`` or ``(…, T, E)``."""
     mask = mask_T if values.dim() == 1 else mask_T.unsqueeze(1)
     # `where` and not a product: padding may hold infinities, and 0 · inf is NaN.
-    return torch.where(mask, values, 0.0).sum(dim=0)
+    return torch.where(mask, values, 0.0).sum(dim=-mask.dim())
 
 
 def _mean(values: Tensor, mask_T: Tensor) -> Tensor:
@@ -177,19 +179,19 @@ def _mean(values: Tensor, mask_T: Tensor) -> Tensor:
 
 def _mean_shares(sum_E: Tensor, num_tokens: Tensor, first_expert: int) -> Tensor:
     """Mean over tokens of rows that sum to 1, from ``first_expert`` on and relative to what is left there."""
-    mean_E = sum_E[first_expert:] / num_tokens.clamp_min(1.0)
-    return mean_E / mean_E.sum().clamp_min(1e-9) if first_expert else mean_E
+    mean_E = sum_E[..., first_expert:] / num_tokens.clamp_min(1.0)
+    return mean_E / mean_E.sum(dim=-1, keepdim=True).clamp_min(1e-9) if first_expert else mean_E
 
 
 def router_z_loss(logits_TE: Tensor, mask_T: Tensor) -> Tensor:
     """Keep router logits small: the mean squared logsumexp over real tokens.
 
     Args:
-        logits_TE: Router logits, float32 ``(T, E)``.
+        logits_TE: Router logits, float32 ``(…, T, E)``.
         mask_T: True for real tokens, bool ``(T,)``.
 
     Returns:
-        Scalar float32, unweighted; ``(ln E)²`` at zero logits.
+        Float32 ``(…)``, unweighted; ``(ln E)²`` at zero logits.
 
     Raises:
         ValueError: If no token is unmasked; on a CPU only.
@@ -198,7 +200,8 @@ def router_z_loss(logits_TE: Tensor, mask_T: Tensor) -> Tensor:
         ST-MoE (arXiv:2202.08906), eq. 5.
     """
     _require_tokens(mask_T, "router_z_loss")
-    return _mean(torch.logsumexp(logits_TE, dim=-1).square(), mask_T)
+    squares_T = torch.logsumexp(logits_TE, dim=-1).square()
+    return torch.where(mask_T, squares_T, 0.0).sum(dim=-1) / mask_T.sum().clamp_min(1)
 
 
 def old_experts_loss(logits_TE: Tensor, num_old: int, mask_T: Tensor) -> Tensor:

@@ -5,10 +5,11 @@ Legend: T tokens, D model width, K experts per token, E experts, N rows handed t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from enum import StrEnum
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -68,6 +69,42 @@ class RouterLoss:
     """Its factor in the training loss, in which the layers' losses are summed."""
 
 
+@dataclass(frozen=True, eq=False)
+class LayersLoss:
+    """One auxiliary loss of one layer, to be computed with those of layers that are alike, in the same kernels.
+
+    On a device only: a CPU's gradients would be added up in another order, and round differently.
+    """
+
+    formula: Callable[..., Tensor]
+    """Of the layer's own tensors, which may be stacked, then of those that layers share."""
+    own: tuple[Tensor, ...]
+    shared: tuple[Any, ...]
+    alike: Hashable
+    """Equal where ``shared`` is."""
+    coefficient: float
+    """As of :class:`RouterLoss`."""
+
+    @property
+    def value(self) -> Tensor:
+        """As of :class:`RouterLoss`, computed by itself."""
+        return self.formula(*self.own, *self.shared)
+
+    @staticmethod
+    def of_all(losses: Sequence[LayersLoss]) -> tuple[Tensor, Tensor]:
+        """The values of several layers, and those times their coefficients, in any order."""
+        groups: dict[Hashable, list[LayersLoss]] = {}
+        for one in losses:
+            key = one.formula, one.alike, one.coefficient, tuple(tensor.shape for tensor in one.own)
+            groups.setdefault(key, []).append(one)
+        values = [
+            (first := group[0]).formula(*map(torch.stack, zip(*(one.own for one in group), strict=True)), *first.shared)
+            for group in groups.values()
+        ]
+        weighted = [value * group[0].coefficient for value, group in zip(values, groups.values(), strict=True)]
+        return (values[0], weighted[0]) if len(values) == 1 else (torch.cat(values), torch.cat(weighted))
+
+
 @dataclass
 class Routing:
     """A router's answer. The layer only calls ``dispatch``, ``counts_E`` and ``combine``, so an answer of another
@@ -79,7 +116,7 @@ class Routing:
     """Gate weights, float32 ``(T, K)``."""
     num_experts: int
     """E."""
-    losses: dict[str, RouterLoss] = field(default_factory=dict)
+    losses: Mapping[str, RouterLoss | LayersLoss] = field(default_factory=dict)
     """Auxiliary losses by name; empty in evaluation."""
     ragged: bool = False
     """Whether tokens may use different numbers of experts: dropped, not chosen, or gates of 0."""

@@ -17,7 +17,7 @@ from lifelong_moe.ops.router_losses import (
     router_z_loss,
     sequence_balancing_loss,
 )
-from lifelong_moe.routing.base import RouterLoss, RoutingContext
+from lifelong_moe.routing.base import LayersLoss, RouterLoss, RoutingContext
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ def balanced_choices(config: BalancedConfig, expert_ids_TK: Tensor) -> Tensor:
 
 def balance_losses(
     config: BalancedConfig, generations: list[int], made: Choices, context: RoutingContext
-) -> dict[str, RouterLoss]:
+) -> dict[str, RouterLoss | LayersLoss]:
     """Balance; in a review, what sends old text to old experts in its place.
 
     Args:
@@ -63,11 +63,23 @@ def balance_losses(
     if config.effective_balance_scope == BalanceScope.sequence:
         # Counted where an expert's room is counted.
         value = sequence_balancing_loss(*choices, context.num_sequences, first, made.allowed_TE)
+    elif made.earlier_E is None and _waits(made.probs_TE):
+        shared = context.mask_T, first, made.allowed_TE
+        return {"balance": LayersLoss(load_balancing_loss, choices[:2], shared, (*generations,), config.balance_loss)}
     else:
         value = load_balancing_loss(*choices, first, made.allowed_TE, made.earlier_E)
     return {"balance": RouterLoss(value, config.balance_loss)}
 
 
-def z_losses(config: ZLossConfig, logits_TE: Tensor, context: RoutingContext) -> dict[str, RouterLoss]:
+def z_losses(config: ZLossConfig, logits_TE: Tensor, context: RoutingContext) -> dict[str, RouterLoss | LayersLoss]:
     """The z-loss, if there is one."""
-    return {"z": RouterLoss(router_z_loss(logits_TE, context.mask_T), config.z_loss)} if config.z_loss else {}
+    if not config.z_loss:
+        return {}
+    if _waits(logits_TE):
+        return {"z": LayersLoss(router_z_loss, (logits_TE,), (context.mask_T,), None, config.z_loss)}
+    return {"z": RouterLoss(router_z_loss(logits_TE, context.mask_T), config.z_loss)}
+
+
+def _waits(values: Tensor) -> bool:
+    """Whether a loss is computed once for all layers that are alike."""
+    return values.device.type != "cpu"

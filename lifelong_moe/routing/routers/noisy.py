@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from lifelong_moe.config.routing.routers import NoisyConfig
 from lifelong_moe.ops.noisy import prob_in_top_k
 from lifelong_moe.ops.router_losses import cv_squared, masked_sum
-from lifelong_moe.routing.base import RouterLoss, Routing, RoutingContext
+from lifelong_moe.routing.base import LayersLoss, RouterLoss, Routing, RoutingContext
 from lifelong_moe.routing.linear import LinearRouter
 from lifelong_moe.routing.losses import Choices, balance_losses, z_losses
 
@@ -57,7 +57,7 @@ class NoisyRouter(LinearRouter):
                 noisy_TE = clean_TE + torch.randn_like(clean_TE) * deviation_TE
             chosen_TK, ids_TK = noisy_TE.topk(config.top_k, dim=1)
             weights_TK = chosen_TK.softmax(dim=1)
-            losses: dict[str, RouterLoss] = {}
+            losses: dict[str, RouterLoss | LayersLoss] = {}
             if self.training:
                 made = Choices(clean_TE, clean_TE.softmax(dim=1), ids_TK)
                 losses |= balance_losses(config, self.generations, made, context)

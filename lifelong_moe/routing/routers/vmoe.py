@@ -11,7 +11,7 @@ from torch import Tensor
 from lifelong_moe.config.routing.routers import VMoEConfig
 from lifelong_moe.ops.initializers import fan_in_normal_
 from lifelong_moe.ops.noisy import prob_above_threshold, sequence_cv_squared
-from lifelong_moe.routing.base import RouterLoss, Routing, RoutingContext
+from lifelong_moe.routing.base import LayersLoss, RouterLoss, Routing, RoutingContext
 from lifelong_moe.routing.capacity import apply_capacity, causality, weighting_experts
 from lifelong_moe.routing.linear import LinearRouter
 from lifelong_moe.routing.losses import Choices, balance_losses, z_losses
@@ -64,7 +64,7 @@ class VMoERouter(LinearRouter):
 
     def _losses(
         self, clean_TE: Tensor, noisy_TE: Tensor, ids_TK: Tensor, context: RoutingContext
-    ) -> dict[str, RouterLoss]:
+    ) -> dict[str, RouterLoss | LayersLoss]:
         config, mask_T, sequences = self.config, context.mask_T, context.num_sequences
         made = Choices(clean_TE, noisy_TE.softmax(dim=1), ids_TK)
         losses = balance_losses(config, self.generations, made, context) | z_losses(config, clean_TE, context)

@@ -31,7 +31,7 @@ from lifelong_moe.plan.spec import StageSpec
 from lifelong_moe.retention.penalty import WeightAnchor
 from lifelong_moe.retention.teacher import shared_blocks
 from lifelong_moe.retention.teacher_cache import TeacherCache
-from lifelong_moe.routing.base import Routing
+from lifelong_moe.routing.base import LayersLoss, Routing
 from lifelong_moe.training.loop.guard import StepGuard, Verdict
 from lifelong_moe.training.loop.handover import PhaseModels
 from lifelong_moe.training.loop.means import StepMeans
@@ -339,13 +339,17 @@ def router_losses(routings: list[Routing]) -> dict[str, tuple[Tensor, Tensor]]:
     names = dict.fromkeys(name for routing in routings for name in routing.losses)
     losses = {name: [r.losses[name] for r in routings if name in r.losses] for name in names}
     # Summed, so that the pressure on one router does not depend on how many other layers have one.
-    return {
-        name: (
-            torch.stack([loss.value for loss in found]).mean(),
-            torch.stack([loss.value * loss.coefficient for loss in found]).sum(),
-        )
-        for name, found in losses.items()
-    }
+    found = {}
+    for name, layers in losses.items():
+        at_once = [one for one in layers if isinstance(one, LayersLoss)]
+        if len(at_once) == len(layers):
+            with torch.autocast(at_once[0].own[0].device.type, enabled=False):  # float32, as in a router
+                values, weighted = LayersLoss.of_all(at_once)
+        else:
+            values = torch.stack([loss.value for loss in layers])
+            weighted = torch.stack([loss.value * loss.coefficient for loss in layers])
+        found[name] = values.mean(), weighted.sum()
+    return found
 
 
 def _square_norm(gradients: Sequence[Tensor]) -> Tensor:
