@@ -217,7 +217,8 @@ class StageStore:
         import torch
 
         own = load_weights(self._files[self.get(key).key], WEIGHTS)
-        lying = {n: torch.empty_like(form, device="cpu") for n, form in self._forms(key).items() if n not in own}
+        forms = {n: form for n, form in self._forms(key).items() if n not in own}
+        lying = {n: torch.empty(form.shape, dtype=form.dtype) for n, form in forms.items()}
         if lying:
             self._read_into(key, lying)
         return lying | own

@@ -13,6 +13,7 @@ from lightning.pytorch.strategies import DDPStrategy
 from lifelong_moe.config.routing.base import Features, Level
 from lifelong_moe.config.training import TrainerConfig
 from lifelong_moe.errors import ConfigError
+from lifelong_moe.training.callbacks.checkpoint import SafeCheckpointIO
 from lifelong_moe.training.callbacks.collapse import collapse_warning
 from lifelong_moe.training.loop import measure
 from lifelong_moe.training.loop import phase as phases
@@ -52,8 +53,10 @@ def test_what_this_machine_cannot_do_is_one_line() -> None:
 
 
 def test_ranks_work_together_by_gloo_and_one_process_alone() -> None:
-    assert [_strategy(TrainerConfig(strategy=name))[0] for name in ("auto", "ddp", "fsdp")] == ["auto"] * 3
-    strategy, plugins = _strategy(TrainerConfig(devices=2))
+    assert [_strategy(TrainerConfig(strategy=name), SafeCheckpointIO())[0] for name in ("auto", "ddp", "fsdp")] == [
+        "auto"
+    ] * 3
+    strategy, plugins = _strategy(TrainerConfig(devices=2), SafeCheckpointIO())
     assert isinstance(strategy, DDPStrategy) and strategy.process_group_backend == "gloo" and len(plugins) == 2
     assert strategy._ddp_kwargs == {"find_unused_parameters": True, "forward_sync_buffers": False}
 
