@@ -48,7 +48,8 @@ class KnownTokens:
         hashes = first_numbers(digests)
         # In another order nothing would be found; then there is nothing to find.
         if (hashes[1:] >= hashes[:-1]).all():
-            self._shards.append(_Shard(hashes, digests, tokens, offsets))
+            # As plain arrays: to slice one that is mapped takes ten times as long.
+            self._shards.append(_Shard(hashes, np.asarray(digests), np.asarray(tokens), offsets))
 
     def find(self, digests: NDArray[np.void]) -> list[NDArray[np.integer] | None]:
         """Tokens of documents, BOS first; None of those that are not known."""

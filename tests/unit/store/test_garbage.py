@@ -283,11 +283,12 @@ def test_a_folder_in_place_of_a_file_is_refused_before_anything_is_removed(store
     assert other.exists()
 
 
-def test_what_came_of_files_goes_after_a_month_and_pieces_of_tokens_too(store: Store) -> None:
+@pytest.mark.parametrize("kind", [".json", ".hashes", ".rows"])
+def test_what_came_of_files_goes_after_a_month_and_pieces_of_tokens_too(kind: str, store: Store) -> None:
     store.head(age=0)
     (store.cache / "manifests").mkdir(parents=True)
     for age, name in ((40, "1" * 16), (20, "2" * 16), (40, "notours")):
-        path = store.cache / "manifests" / f"{name}.json"
+        path = store.cache / "manifests" / f"{name}{kind}"
         path.write_text("{}")
         os.utime(path, (NOW - age * DAY, NOW - age * DAY))
     piece = store.cache / "tokens" / f"piece-{'3' * 16}-{'4' * 16}"
