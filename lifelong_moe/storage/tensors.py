@@ -91,7 +91,7 @@ def read_into(directory: VerifiedDirectory, name: str, targets: Mapping[str, Ten
     Args:
         directory: The file's.
         name: Its name.
-        targets: Contiguous tensors on the CPU by name, of the stored shapes; numbers of another kind are converted.
+        targets: Tensors on the CPU by name, of the stored shapes; numbers of another kind are converted.
 
     Raises:
         CorruptError: If a number is not finite.
@@ -99,11 +99,16 @@ def read_into(directory: VerifiedDirectory, name: str, targets: Mapping[str, Ten
     with directory.opened(name) as path, path.open("rb") as file:
         extents = _extents(file)
         for one in sorted(targets, key=lambda one: extents[one].start):
+            target = targets[one]
+            # A router of the user's own may hold a matrix transposed.
+            place = target if target.is_contiguous() else target.new_empty(target.shape)
             file.seek(extents[one].start)
             try:
-                fill(targets[one], file, extents[one].dtype)
+                fill(place, file, extents[one].dtype)
             except CorruptError as error:
                 raise CorruptError(f"{directory.path / name}: tensor {one} {error}") from None
+            if place is not target:
+                target.copy_(place)
 
 
 def fill(target: Tensor, file: BinaryIO, dtype: torch.dtype) -> None:

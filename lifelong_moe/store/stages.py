@@ -186,7 +186,7 @@ class StageStore:
 
         Args:
             stage: The stage.
-            targets: Contiguous tensors on the CPU by name, of the shapes that :meth:`forms` tells.
+            targets: Tensors on the CPU by name, of the shapes that :meth:`forms` tells.
 
         Raises:
             CorruptError: If a file is damaged, or a number not finite.

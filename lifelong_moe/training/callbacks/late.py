@@ -33,8 +33,8 @@ class _Unrun(ModuleType):
                 each = [importlib.import_module(f"{spec.name}.{module}") for module in (_FIRST, ASKED[name])]
                 setattr(self, name, getattr(each[-1], name))
                 return getattr(self, name)
-        # Python itself asks every module whether it has some of these.
-        elif name.startswith("__"):
+        # Python itself asks every module whether it has some of these; `import *` asks for its public names.
+        elif name.startswith("__") and name != "__all__":
             raise AttributeError(name)
         self.__class__ = ModuleType  # type: ignore[assignment]
         spec.loader.exec_module(self)

@@ -43,6 +43,15 @@ def test_the_hash_of_what_was_written_is_the_manifest_s(tmp_path: Path) -> None:
     assert all(torch.equal(one, HELD[name]) for name, one in targets.items())
 
 
+def test_a_place_may_be_laid_out_in_another_order(tmp_path: Path) -> None:
+    """As a transposed matrix of a router of the user's own."""
+    stored = torch.arange(6.0).view(2, 3)
+    write_directory(tmp_path / "a", {"x.safetensors": lambda path: write_hashed({"w": stored}, path)})
+    target = torch.zeros(3, 2).T
+    read_into(verify_directory(tmp_path / "a"), "x.safetensors", {"w": target})
+    assert torch.equal(target, stored)
+
+
 def test_a_kind_of_numbers_that_no_model_has(tmp_path: Path) -> None:
     odd = {"w": torch.zeros(2, dtype=torch.float8_e5m2)}
     write_directory(tmp_path / "a", {"x.safetensors": lambda path: save_file(odd, path)})

@@ -58,6 +58,13 @@ def test_a_package_runs_when_more_is_asked_of_it(package: str) -> None:
     assert found.ran and found.Metric is before[0] and found.__version__ == "1.2"
 
 
+def test_a_package_of_which_all_is_asked_runs(package: str) -> None:
+    late._leave_unrun(package)
+    names: dict[str, object] = {}
+    exec(f"from {package} import *", names)
+    assert {"Metric", "Other"} <= names.keys()
+
+
 @pytest.mark.parametrize("lacking", ["utilities", "metric", "collections", "__about__"])
 def test_a_version_that_lacks_a_module_runs_as_a_whole(package: str, tmp_path: Path, lacking: str) -> None:
     (tmp_path / package / f"{lacking}.py").unlink()
