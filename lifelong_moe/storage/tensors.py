@@ -120,7 +120,7 @@ def fill(target: Tensor, file: BinaryIO, dtype: torch.dtype) -> None:
     import torch
 
     for part in target.view(-1).split(CHUNK):
-        stored = part if part.dtype == dtype else torch.empty(len(part), dtype=dtype)
+        stored = part if part.dtype == dtype else part.new_empty(len(part), dtype=dtype)
         into = stored.view(torch.uint8).numpy()  # raw bytes: NumPy has no bfloat16
         if file.readinto(into.data) != into.size:  # type: ignore[attr-defined]
             raise CorruptError("became shorter while it was read.")

@@ -43,6 +43,14 @@ def test_the_hash_of_what_was_written_is_the_manifest_s(tmp_path: Path) -> None:
     assert all(torch.equal(one, HELD[name]) for name, one in targets.items())
 
 
+def test_numbers_are_converted_whatever_torch_s_default_device(tmp_path: Path) -> None:
+    stored, target = torch.arange(6.0).bfloat16(), torch.zeros(6)
+    write_directory(tmp_path / "a", {"x.safetensors": lambda path: write_hashed({"w": stored}, path)})
+    with torch.device("meta"):
+        read_into(verify_directory(tmp_path / "a"), "x.safetensors", {"w": target})
+    assert torch.equal(target, stored.float())
+
+
 def test_a_place_may_be_laid_out_in_another_order(tmp_path: Path) -> None:
     """As a transposed matrix of a router of the user's own."""
     stored = torch.arange(6.0).view(2, 3)
