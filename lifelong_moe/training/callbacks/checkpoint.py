@@ -110,12 +110,15 @@ class BackgroundCheckpointIO(SafeCheckpointIO):
 
     A checkpoint is there when it is whole, as before; a kill in between leaves those before it.
 
+    One that a callback of the user's own saves elsewhere is there at once, and nothing beside it is removed.
+
     Args:
-        keep: After each one, older ones than the newest ``keep`` are removed.
+        work: The stage's folder.
+        keep: After each one in it, older ones than the newest ``keep`` are removed.
     """
 
-    def __init__(self, keep: int) -> None:
-        self.keep = keep
+    def __init__(self, work: Path, keep: int) -> None:
+        self.work, self.keep = work, keep
         self._writer: threading.Thread | None = None
         self._error: BaseException | None = None
 
@@ -126,6 +129,9 @@ class BackgroundCheckpointIO(SafeCheckpointIO):
             ResourceError: If the disk was full for the one before.
         """
         self.finish()
+        if Path(path).parent != self.work:
+            super().save_checkpoint(checkpoint, path, storage_options)
+            return
         # Not a daemon: the process waits for it at its end. SIGTERM stays blocked in it where it is in the process.
         self._writer = threading.Thread(target=self._run, args=(*_plain(checkpoint), Path(path)), name=WRITER)
         self._writer.start()

@@ -82,7 +82,7 @@ class PhaseFit:
         """
         job, spec, steps = self.job, self.job.spec, self.job.phase.steps
         logger = BatchedLogger(spec.name, job.run_id, here.send, job.first_step) if rank == 0 else None
-        resumption, writer = Resumption(job.resume), BackgroundCheckpointIO(job.checkpoint.keep)
+        resumption, writer = Resumption(job.resume), BackgroundCheckpointIO(job.work, job.checkpoint.keep)
         callbacks = [resumption, *self._callbacks(rank, here, writer)]
         loggers = [] if logger is None else [logger, *own_loggers(job.trainer)]
         with self._in_training(here.interrupt), _explained_full_memory(spec):

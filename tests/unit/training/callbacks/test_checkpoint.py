@@ -179,7 +179,7 @@ def writing(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
 
 
 def test_training_goes_on_while_a_copy_is_written(tmp_path: Path, writing: threading.Event) -> None:
-    io, weight = BackgroundCheckpointIO(keep=2), torch.zeros(2)
+    io, weight = BackgroundCheckpointIO(tmp_path, keep=2), torch.zeros(2)
     io.save_checkpoint(
         {**dict.fromkeys(PARTS, 0), "w": weight, "turned": torch.ones(2, 3).t()}, tmp_path / "step-0-00000001"
     )
@@ -196,7 +196,7 @@ def test_training_goes_on_while_a_copy_is_written(tmp_path: Path, writing: threa
 
 
 def test_a_second_write_waits_for_the_first(tmp_path: Path, writing: threading.Event) -> None:
-    io = BackgroundCheckpointIO(keep=2)
+    io = BackgroundCheckpointIO(tmp_path, keep=2)
     io.save_checkpoint({"w": torch.zeros(2)}, checkpoint_path(tmp_path, 0, 1))
     second = threading.Thread(target=lambda: io.save_checkpoint({}, checkpoint_path(tmp_path, 0, 2)))
     second.start()
@@ -208,11 +208,20 @@ def test_a_second_write_waits_for_the_first(tmp_path: Path, writing: threading.E
     assert len(checkpoints(tmp_path)) == 2
 
 
+def test_what_a_callback_saves_elsewhere_is_there_at_once_and_stays(tmp_path: Path) -> None:
+    io = BackgroundCheckpointIO(tmp_path / "work", keep=1)
+    paths = [checkpoint_path(tmp_path / "own", 0, step) for step in (1, 2, 3)]
+    for path in paths:
+        io.save_checkpoint({"w": torch.zeros(2)}, path)
+        assert path.exists()
+    assert checkpoints(tmp_path / "own") == paths
+
+
 def test_an_error_of_writing_is_raised_once_by_what_comes_next(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     def failed() -> BackgroundCheckpointIO:
-        io = BackgroundCheckpointIO(keep=2)
+        io = BackgroundCheckpointIO(tmp_path / "a file", keep=2)
         io.save_checkpoint({"w": torch.zeros(2)}, tmp_path / "a file" / "step-0-00000001")
         return io
 
