@@ -36,12 +36,16 @@ ASSIGNED = ["joint", *(name for name in BENCH if name.startswith("joint_"))]
 MAIN = {
     "naive": ("all parameters train on (naive)", "none"),
     "replay25": ("25 % replay, distillation on it", "yes"),
+    "static24_replay25": ("the same with as many experts from the start (24)", "yes"),
     "lora_sequential": ("one low-rank change of every layer, trained on and on (LoRA)", "none"),
     "lora": ("a low-rank change of every layer for each distribution, read as a mixture", "none"),
     "lifelong": ("**`lifelong`: experts and changes of the trunk for each, read as a mixture**", "none"),
 }
 """Arms of README's table, and what old text each stores."""
 TRAINED_BASE = [arm["name"] for arm in read("results/trained_base")["arms"]]
+RATES = ("lifelong", "lifelong_rewarm4", "naive", "naive_rewarm2", "lora", "lora_rewarm4")
+SMALL = ("naive", "lifelong_small", "lifelong_small_rewarm5", "lifelong_small_rewarm10", "lifelong_small_rewarm20",
+         "lora_small", "lora_small_rewarm5")  # fmt: skip
 AGAIN_ON_BASE = [arm["name"] for arm in read("results/trained_base_again")["arms"]]
 PAIRED = ("joint", "naive", "replay25", "grow_kl_replay25", "kl_replay25", "bundles", "naive8", "static22_kl_replay25")
 AGAIN = ("joint", "naive", "replay5", "replay25", "kl_replay25", "static22_kl_replay25", "grow_kl_replay25", "bundles")
@@ -217,6 +221,10 @@ TABLES: dict[str, Callable[[], list[str]]] = {
     "periods": partial(kinds.learned_and_kept, "results/periods", ("naive", "replay25", "lifelong")),
     "trained-base": partial(kinds.arms, "results/trained_base"),
     "trained-base-learned": partial(kinds.learned_and_kept, "results/trained_base", TRAINED_BASE),
+    "trained-base-stored": partial(kinds.arms, "results/trained_base_stored"),
+    "trained-base-rates": partial(kinds.arms, "results/trained_base_rates", RATES),
+    "trained-base-small": partial(kinds.arms, "results/trained_base_rates", SMALL),
+    "trained-base-earlier": partial(kinds.arms, "results/trained_base_earlier"),
     "trained-base-again": partial(kinds.arms, "results/trained_base_again"),
     "trained-base-again-learned": partial(kinds.learned_and_kept, "results/trained_base_again", AGAIN_ON_BASE),
     "bench": partial(kinds.arms, "results/bench", [name for name in BENCH if name not in ASSIGNED[1:]]),
