@@ -244,7 +244,7 @@ def _joint(config: RunConfig) -> StageSpec:
         replay_weights=tuple(max(1, round(count / unit)) for count in shared),
         replay=ReplayConfig(fraction=1 - tokens[first] / total if others else 0.0),
         tokens=total,
-    )
+    ).effective()
 
 
 def _with_scratch(chain: list[StageSpec]) -> list[StageSpec]:

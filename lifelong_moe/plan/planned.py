@@ -47,6 +47,8 @@ class PlannedStage:
         Raises:
             ConfigError: If it would train nothing.
         """
+        # What is recorded must be what the key is of: a record whose key is of something else is not read again.
+        spec = spec.effective()
         parent_key, before = parent or (None, None)
         # Checked here, where the stage's index is known for the message.
         after = spec.architecture(before, data.vocab_size, data.bos_id, data.tokens_added(index))

@@ -39,7 +39,8 @@ def require_own_key(record: StageRecord, spec: Mapping[str, Any]) -> None:
         if origin != record.parent:
             raise PlainError("is not what the stage was derived from", ".parent")
     elif record.schema == SCHEMA:
-        found = _trained_key(record, spec)
+        # `method=joint` once recorded tokens that fill no step; keys are of whole steps.
+        found = _trained_key(record, {**spec, "tokens": record.spec.effective().tokens})
     elif record.schema is not None and record.schema > SCHEMA:
         raise PlainError(f"{record.schema} is of a later version of lifelong-moe; this one reads {SCHEMA}", ".schema")
     else:

@@ -12,6 +12,8 @@ import torch
 
 from lifelong_moe.config.load import read_config
 from lifelong_moe.config.run import Method
+from lifelong_moe.store.checks import require_own_key
+from lifelong_moe.store.record import StageRecord
 from lifelong_moe.store.stages import StageStore
 from pipelines.run.run import stage_births
 from pipelines.shared.workspace import prepare
@@ -102,6 +104,21 @@ def test_joint(reports: dict[str, dict[str, Any]]) -> None:
     # It read each text as often as its stage would have: a third of the tokens are the first one's.
     corpus = prepare(read_config("tiny.yaml")).data.corpora["fruit"].train
     assert stage["epochs"] == pytest.approx(TOKENS / corpus.num_tokens, rel=0.01)
+
+
+def test_tokens_that_fill_no_step_are_left_out_and_the_stage_is_read_again(reports: dict[str, dict[str, Any]]) -> None:
+    """Its record held them, where its key is of whole steps, so that every later command refused it."""
+    arguments = ("tiny.yaml", "run=uneven", "method=joint", "seed=7", f"stage_defaults.tokens={TOKENS + 1}")
+    first, _ = train(*arguments)
+    again, printed = train(*arguments)
+    assert again == first and "Nothing to train" in printed
+    (stage,) = again["stages"]
+    assert stage["tokens"] == 3 * TOKENS
+    # As it was recorded before.
+    path = next(Path("mlruns/stages").glob(f"joint-{stage['key'][:16]}")) / "config.json"
+    record = json.loads(path.read_text())
+    record["spec"]["tokens"] += 3
+    require_own_key(StageRecord.from_json(record), record["spec"])
 
 
 def test_unrestrained(
