@@ -13,7 +13,7 @@ import io
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from io import BufferedReader
 from pathlib import Path
@@ -22,6 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lifelong_moe.config.data import SourceConfig
+from lifelong_moe.data.formats.compression import COMPRESSED
 from lifelong_moe.data.formats.outcomes import FileOutcome, Outcome
 from lifelong_moe.data.formats.streams import OpenFile, open_file
 from lifelong_moe.data.text.documents import Document
@@ -39,7 +40,7 @@ from lifelong_moe.storage.plain_files import open_stored
 from lifelong_moe.storage.remembered import state_of
 from lifelong_moe.storage.stored import parse_json
 
-VERSION = 1
+VERSION = 2
 """Raised whenever the same file would give other rows."""
 LEAST_BYTES = 1 << 20
 """Smaller files are read each time that one of their distribution has changed."""
@@ -63,11 +64,13 @@ class _Head:
     name_bytes: int
     held: tuple[int, ...]
     """Numbers of the documents whose text follows."""
+    origins: tuple[str, ...]
+    """What follows the file's name in the origin of each of them."""
 
     def __post_init__(self) -> None:
         if min(self.documents, self.text_bytes, self.held_bytes, self.excess_bytes, self.name_bytes) < 0:
             raise CorruptError("a number is out of its range.")
-        if not all(0 <= number < self.documents for number in self.held):
+        if len(self.origins) != len(self.held) or not all(0 <= number < self.documents for number in self.held):
             raise CorruptError("a document is not of the file.")
 
 
@@ -103,7 +106,9 @@ class FileRows:
     def _held(self) -> dict[int, Document]:
         begin = self._head.documents * ROW.itemsize + self._head.name_bytes
         documents = read_lines(io.BytesIO(self._body[begin:].tobytes()), self._path)
-        return dict(zip(self._head.held, documents, strict=True))
+        each = zip(self._head.held, documents, self._head.origins, strict=True)
+        # Not as written: the file may have another name now.
+        return {number: replace(document, origin=f"{self.name}{origin}") for number, document, origin in each}
 
     def held(self) -> dict[int, Document]:
         """Documents that were held out, by their number in the file."""
@@ -175,8 +180,9 @@ class RowsCache:
         assert isinstance(heldout, SpooledDocuments)
         for name, read in reading.new.items():
             seen = reading.seen[name]
-            if seen is not None and seen.sha256.strip("0") and Path(name).stat().st_size >= LEAST_BYTES:
-                with suppress(OSError):
+            # A file may have gone since.
+            with suppress(OSError):
+                if seen is not None and seen.sha256.strip("0") and Path(name).stat().st_size >= LEAST_BYTES:
                     self._write(Path(name), seen, read, heldout)
 
     def _write(self, path: Path, seen: SeenFile, read: ReadNow, heldout: SpooledDocuments) -> None:
@@ -186,7 +192,8 @@ class RowsCache:
         key, texts = self._key(path, seen.sha256), b"".join(document_rows(held.values()))
         outcome, num_bytes = read.outcome, int(rows["bytes"].sum())
         numbers = (outcome.documents, num_bytes, read.held_bytes, read.excess_bytes, len(names), tuple(held))
-        head = asdict(_Head(key, outcome.outcome, outcome.note, *numbers))
+        origins = tuple(document.origin.removeprefix(str(path)) for document in held.values())
+        head = asdict(_Head(key, outcome.outcome, outcome.note, *numbers, origins))
         digest = hashlib.sha256()
         with new_file(self._path(key), mode_of([path])) as work, work.open("wb") as file:
             for part in (f"{canonical_json(head)}\n".encode(), rows.tobytes(), names, texts):
@@ -199,7 +206,8 @@ class RowsCache:
         settings = (config.text_field, config.source_field, config.answer_field, config.encoding, config.min_chars)
         # Text is kept of what is held out, so what that is counts, too.
         held = (config.heldout_fraction, config.heldout_files is None)
-        kind = [suffix.lower() for suffix in path.suffixes[-2:]]
+        # No more of the name than that: it may be no Unicode.
+        kind = [suffix.lower() for suffix in path.suffixes[-2 if path.suffix.lower() in COMPRESSED else -1 :]]
         return content_key({"version": VERSION, "sha256": sha256, "kind": kind, "settings": settings, "held": held})
 
     def _path(self, key: str) -> Path:

@@ -101,7 +101,7 @@ class FilesReading(Iterable[Document | KnownFile]):
     def __init__(self, named: Any, config: SourceConfig, known: Callable[[OpenFile], ReadBefore | None] | None = None):
         self._named, self._config, self._known = named, config, known
         self.new: dict[str, ReadNow] = {}
-        """The files that were read, by name, and what to remember of them."""
+        """The files that were read and not left out, by name, and what to remember of them."""
         self._alone = {Path(one) for one in map(expanded, patterns(named)) if os.path.lexists(one)}
         self.paths = matching_files(named)
         self._outcomes = _passed_over(self.paths, self._alone)
@@ -166,7 +166,9 @@ class FilesReading(Iterable[Document | KnownFile]):
             self.seen[str(path)] = read_file(file.data, before)
         self._outcomes.append(FileOutcome(str(path), outcome, long, note or "; ".join(file.notes)))
         counted = quota.num_bytes - counted[0], quota.excess_bytes - counted[1]
-        self.new[str(path)] = ReadNow(self._outcomes[-1], *counted)
+        # What a glob leaves out is a mistake where it is named by itself.
+        if not note:
+            self.new[str(path)] = ReadNow(self._outcomes[-1], *counted)
 
 
 def _size(path: Path) -> int:

@@ -223,7 +223,8 @@ class Spool:
 
     def names(self, begin: int, end: int) -> bytes:
         """Names of sources, by where they are."""
-        if self._disk is None:
+        # Where they were when rows were asked for: text that is read since may have gone to disk without them.
+        if self._disk is None or self._names:
             return bytes(self._names[begin:end])
         with Path(self._disk.names.name).open("rb") as file:
             file.seek(begin)
