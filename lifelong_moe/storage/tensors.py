@@ -25,7 +25,8 @@ WRITTEN_BYTES = 16 << 20
 _PREFIX = 8
 DTYPES = {
     "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "I64": "int64", "I32": "int32",
-    "I16": "int16", "I8": "int8", "U8": "uint8", "BOOL": "bool",
+    "I16": "int16", "I8": "int8", "U8": "uint8", "BOOL": "bool", "U16": "uint16", "U32": "uint32", "U64": "uint64",
+    "C64": "complex64", "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2",
 }  # fmt: skip
 """Torch's names of the kinds of numbers."""
 
@@ -126,8 +127,9 @@ def fill(target: Tensor, file: BinaryIO, dtype: torch.dtype) -> None:
             raise CorruptError("became shorter while it was read.")
         if stored is not part:
             part.copy_(stored)
+        numbers = part.float() if part.is_floating_point() and part.element_size() == 1 else part  # no products of 8 bits
         # Zero times what is not finite is NaN: a tenth of the time of `isfinite`.
-        if part.is_floating_point() and not float((part * 0).sum()) == 0:
+        if numbers.is_floating_point() and not float((numbers * 0).sum()) == 0:
             raise CorruptError("holds a number that is not finite.")
 
 

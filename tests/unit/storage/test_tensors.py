@@ -61,7 +61,7 @@ def test_a_place_may_be_laid_out_in_another_order(tmp_path: Path) -> None:
 
 
 def test_a_kind_of_numbers_that_no_model_has(tmp_path: Path) -> None:
-    odd = {"w": torch.zeros(2, dtype=torch.float8_e5m2)}
+    odd = {"w": torch.zeros(2, dtype=torch.float8_e5m2fnuz)}
     write_directory(tmp_path / "a", {"x.safetensors": lambda path: save_file(odd, path)})
-    with pytest.raises(CorruptError, match="tensor w holds numbers of the kind F8_E5M2"):
+    with pytest.raises(CorruptError, match="tensor w holds numbers of the kind F8_E5M2FNUZ"):
         forms_of(verify_directory(tmp_path / "a"), "x.safetensors")
