@@ -137,7 +137,7 @@ def grown(routing: RoutingConfig, config: RunConfig, generations: int) -> Langua
         }
         kind = documents[generation::2] if generations > 1 else documents
         if routing.is_clustered:
-            fit_clusters(model, kind, np.concatenate(kind), sample, generation)
+            fit_clusters(model, kind, kind, sample, generation)
     return model
 
 
