@@ -126,22 +126,7 @@ class _Texts:
 
 
 def near_copies(documents: Sequence[Document], known: Iterable[Document], *, may_contain: bool) -> list[bool]:
-    """Which documents are near copies of known ones.
-
-    A document is one if it shares half of its own runs with a known document, or else half of the known document's.
-    Memory is that of the runs of ``documents`` and of what known ones share with them; of these each text is read once
-    and none is held.
-
-    Args:
-        documents: To be judged.
-        known: What they may repeat, in any order; nothing is read where there is nothing to judge.
-        may_contain: Whether a document may contain a known one without being a copy. What is held out must not stand in
-            training text at all; text that was merely seen may, or a short line of it would take a new book away.
-
-    Source:
-        Containment by shingles: Broder, "On the resemblance and containment of documents" (1997), there of words and
-        estimated from samples; here exact, of letters, and without those that many sources share.
-    """
+    """What :func:`lifelong_moe.data.text.near_copies.near_copies` finds."""
     if not documents:
         return []
     table = _Table(documents)
