@@ -43,6 +43,8 @@ MOST_BYTES = 64 << 20
 BUCKETS = 256
 _BUFFER_BYTES = 128 << 10
 """Written to a bucket at once."""
+_READ_BYTES = 8 << 10
+"""Read of a bucket at once."""
 _AT_ONCE = 4096
 """Rows that are looked up at once."""
 _NOWHERE = -1
@@ -390,12 +392,16 @@ class _Disk:
             # One at a time: documents are read in order of hash, or a few here and there.
             _close(self._open)
             file = self._open[bucket] = (self.folder / str(bucket)).open("rb", buffering=0)
-        source, origin, text = _HEAD.unpack(os.pread(file.fileno(), _HEAD.size, place))
-        data = os.pread(file.fileno(), source + origin + text, place + _HEAD.size)
+        # Most documents are whole in what is read at once; of what follows one no more is looked at.
+        data = os.pread(file.fileno(), _READ_BYTES, place)
+        source, origin, text = _HEAD.unpack_from(data)
+        names, begin = _HEAD.size + source, _HEAD.size + source + origin
+        if (missing := begin + text - len(data)) > 0:
+            data += os.pread(file.fileno(), missing, place + len(data))
         return Document(
-            data[source + origin :].decode(),
-            data[:source].decode(),
-            data[source : source + origin].decode("utf-8", "surrogateescape"),
+            data[begin : begin + text].decode(),
+            data[_HEAD.size : names].decode(),
+            data[names:begin].decode("utf-8", "surrogateescape"),
         )
 
 

@@ -12,19 +12,21 @@ import hashlib
 import itertools
 import os
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from io import BufferedReader
 from pathlib import Path
-from typing import Any, overload
+from typing import Any, TypeVar, overload
 
 import numpy as np
+from numpy.typing import NDArray
 
 from lifelong_moe.data.formats.progress import told
-from lifelong_moe.data.text.documents import Corpus, Document, documents_hash
+from lifelong_moe.data.text.documents import Corpus, Document, hash_of_hashes
 from lifelong_moe.data.text.jsonl import SEPARATOR
-from lifelong_moe.data.text.known import opened, summary_of
+from lifelong_moe.data.text.known import hashes_of, opened, summary_of
 from lifelong_moe.data.text.spool import SpooledDocuments, chosen
 from lifelong_moe.data.tokens.known_tokens import DIGEST, KnownTokens, digests_of
 from lifelong_moe.data.tokens.tokenizer import Tokenizer
@@ -35,6 +37,7 @@ from lifelong_moe.storage.opening import open_regular
 from lifelong_moe.storage.remembered import Remembered, Seen, state_of
 from lifelong_moe.storage.stored import read_json
 
+T = TypeVar("T")
 # Part of each manifest: a part of another version is made again instead of read wrongly.
 FORMAT_VERSION = 1
 _FILES = ("tokens.bin", "offsets.bin", "text_bytes.bin")
@@ -345,29 +348,28 @@ class _Pieces:
     def __init__(self, parent: Path | None, tokenizer: Tokenizer, dtype: str, mode: int) -> None:
         self._parent, self._dtype, self._mode = parent, dtype, mode
         self._suffix = tokenizer.tokens_hash[:SHORT]
-        self._rows, self._documents, self._num_bytes = list[bytes](), list[Document](), 0
+        self._rows, self._arrays, self._hashes, self._num_bytes = list[bytes](), _Arrays(), list[str](), 0
         self.written: list[Path] = []
 
-    def add(self, document: Document, row: bytes) -> None:
-        """Add a document and its tokens, in order of hash."""
+    def add(self, documents: Sequence[Document], rows: list[bytes]) -> None:
+        """Add documents and the tokens of each, in order of hash; no text of a spool is read."""
         if self._parent is None:
             return
-        self._rows.append(row)
-        # Without its text: what is needed of it is counted now.
-        self._documents.append(document)
-        self._num_bytes += document.num_bytes
+        self._rows += rows
+        self._arrays.add(documents)
+        self._hashes += hashes_of(documents)
+        self._num_bytes += summary_of(documents).bytes
         if self._num_bytes >= PIECE_BYTES:
             self._write(self._parent)
-            self._rows, self._documents, self._num_bytes = [], [], 0
+            self._rows, self._arrays, self._hashes, self._num_bytes = [], _Arrays(), [], 0
 
     def _write(self, parent: Path) -> None:
-        path = parent / f"{_PIECE}{documents_hash(self._documents)[:SHORT]}-{self._suffix}"
+        path = parent / f"{_PIECE}{hash_of_hashes(self._hashes)[:SHORT]}-{self._suffix}"
         with new_directory(path, self._mode) as work:
-            arrays = _Arrays(self._documents)
             width = int(self._dtype[-1])
-            arrays.lengths.extend(len(row) // width for row in self._rows)
+            self._arrays.lengths.extend(len(row) // width for row in self._rows)
             (work / _FILES[0]).write_bytes(b"".join(self._rows))
-            arrays.write(work)
+            self._arrays.write(work)
             _write_manifest(work, self._dtype)
         self.written.append(path)
 
@@ -375,11 +377,10 @@ class _Pieces:
 class _Arrays:
     """The numbers of each document."""
 
-    def __init__(self, documents: Sequence[Document] = ()) -> None:
+    def __init__(self) -> None:
         # A number takes eight bytes here, four times as much in a list.
         self.lengths, self.text_bytes, self.answer_bytes = array("q"), array("q"), array("q")
         self.digests = bytearray()
-        self.add(documents)
 
     def add(self, documents: Sequence[Document]) -> None:
         """Add all but the lengths in tokens; no text of a spool is read."""
@@ -422,24 +423,50 @@ def _write_arrays(
     # Written batch by batch: the tokens of a large distribution need not fit into memory.
     with (work / "tokens.bin").open("wb") as stream:
         size = summary_of(documents).bytes
-        for batch in told(_batches(documents), "tokenizing", size, lambda batch: summary_of(batch).bytes):
-            tokens = known.find(digests_of(batch)) if known is not None else [None] * len(batch)
-            rows = [None if one is None else one.astype(dtype).tobytes() for one in tokens]
-            new = [i for i, row in enumerate(rows) if row is None]
-            # Of documents whose tokens are known no text is read.
-            texts = list(chosen(batch, np.array([row is None for row in rows])))
-            encoded = tokenizer.encode_batch([document.text for document in texts])
-            for i, document, ids in zip(new, texts, encoded, strict=True):
-                rows[i] = made = np.array([tokenizer.bos_id, *ids], dtype=dtype).tobytes()
-                if pieces is not None:
-                    pieces.add(document, made)
-            for row in rows:
-                assert row is not None
-                # Not `tofile`, whose errors give no reason, such as a full disk.
-                stream.write(row)
-                arrays.lengths.append(len(row) // int(dtype[-1]))
+        batches = told(_batches(documents), "tokenizing", size, lambda batch: summary_of(batch).bytes)
+        for batch, new, rows in _rows_of(batches, tokenizer, dtype, known):
+            if pieces is not None:
+                pieces.add(chosen(batch, new), [row for row, is_new in zip(rows, new.tolist(), strict=True) if is_new])
+            # Not `tofile`, whose errors give no reason, such as a full disk.
+            stream.writelines(rows)
+            arrays.lengths.extend(len(row) // int(dtype[-1]) for row in rows)
             arrays.add(batch)
     arrays.write(work)
+
+
+def _rows_of(
+    batches: Iterable[Sequence[Document]], tokenizer: Tokenizer, dtype: str, known: KnownTokens | None
+) -> Iterator[tuple[Sequence[Document], NDArray[np.bool_], list[bytes]]]:
+    """Yield each batch, which of its documents are new, and the tokens of each as bytes."""
+
+    def encoded(texts: list[str]) -> list[bytes]:
+        each = tokenizer.encode_batch(texts)
+        return [np.array([tokenizer.bos_id, *ids], dtype=dtype).tobytes() for ids in each]
+
+    # The library uses all processors while it is at work. So that it mostly is, a batch is read, and the one before it
+    # written, at the same time.
+    with ThreadPoolExecutor(1, "tokenizing") as encoder:
+
+        def begun(batch: Sequence[Document]) -> tuple[Sequence[Document], list[bytes | None], Future[list[bytes]]]:
+            tokens = known.find(digests_of(batch)) if known is not None else [None] * len(batch)
+            rows = [None if one is None else one.astype(dtype).tobytes() for one in tokens]
+            # Of documents whose tokens are known no text is read.
+            new = chosen(batch, np.array([row is None for row in rows]))
+            return batch, rows, encoder.submit(encoded, [document.text for document in new])
+
+        for batch, rows, job in _one_ahead(map(begun, batches)):
+            new = iter(job.result())
+            is_new = np.array([row is None for row in rows])
+            yield batch, is_new, [next(new) if row is None else row for row in rows]
+
+
+def _one_ahead(things: Iterable[T]) -> Iterator[T]:
+    """Yield each once the next one is there."""
+    before = list[T]()
+    for thing in things:
+        yield from before
+        before = [thing]
+    yield from before
 
 
 def _batches(documents: Sequence[Document]) -> Iterator[Sequence[Document]]:

@@ -153,6 +153,20 @@ def test_a_path_that_is_no_text_comes_back(tmp_path: Path, monkeypatch: pytest.M
     assert (back, back.origin) == (one, one.origin)
 
 
+@pytest.mark.parametrize("more", [-1, 0, 1, spool._READ_BYTES])
+def test_a_text_longer_than_what_is_read_at_once_comes_back(
+    more: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(spool, "MOST_BYTES", 0)
+    around = spool._HEAD.size + len("sé".encode()) + len("a.jsonl:1")
+    each = [Document("é" + "x" * (spool._READ_BYTES - around - 2 + more), "sé", "a.jsonl:1"), Document("b", "sé", "c")]
+    found = Spool(tmp_path)
+    for document in each:
+        found.add(document)
+    back = list(SpooledDocuments(found, found.rows(), np.array([0, 1])))
+    assert back == each and [one.origin for one in back] == ["a.jsonl:1", "c"]
+
+
 def spooled(folder: Path) -> Spool:
     found = Spool(folder)
     for document in documents(1, 60):
