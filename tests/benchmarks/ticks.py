@@ -9,9 +9,6 @@ each in a new process. Prints processor seconds and the most memory of each.
 from __future__ import annotations
 
 import argparse
-import os
-import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -20,6 +17,7 @@ from typing import Any
 import yaml
 
 from lifelong_moe.storage.remembered import SETTLED_SECONDS
+from tests.benchmarks.processes import taken_by
 from tests.benchmarks.provenance import ROOT, keep, made_with
 from tests.benchmarks.text_of_any_size import rows, sentences
 from tests.tiny import tiny_config
@@ -33,15 +31,9 @@ def write_text(path: Path, found: list[str], megabytes: float, seed: int) -> Non
         file.writelines(rows(found, megabytes * 1e6, seed))
 
 
-def call(checkout: Path, folder: Path, arguments: list[str]) -> dict[str, float]:
-    """Processor seconds of a command in a new process, and the most memory that it held."""
-    environment = os.environ | {"PYTHONPATH": str(checkout)}
-    command = [sys.executable, "-m", "pipelines.cli", *arguments]
-    with (folder / "printed.txt").open("w") as printed:
-        process = subprocess.Popen(command, cwd=folder, env=environment, stdout=printed, stderr=subprocess.STDOUT)
-        _, status, used = os.wait4(process.pid, 0)
-    assert status == 0, (folder / "printed.txt").read_text()
-    return {"seconds": used.ru_utime + used.ru_stime, "megabytes": used.ru_maxrss / 1000}
+def _taken(folder: Path, checkout: Path, arguments: list[str]) -> dict[str, float]:
+    taken = taken_by(["-m", "pipelines.cli", *arguments], folder, checkout)
+    return {"seconds": taken["processor_seconds"], "megabytes": taken["most_memory_megabytes"]}
 
 
 def main() -> None:
@@ -67,7 +59,7 @@ def main() -> None:
             retrain = {"base": "tiny.yaml", "inbox": {"path": "inbox"}, "trigger": trigger}
             for file, content in (("tiny", config), ("retrain", retrain)):
                 (folder / f"{file}.yaml").write_text(yaml.safe_dump(content, sort_keys=False), encoding="utf-8")
-            measured[name]["run"] = call(checkouts[name], folder, ["run", "tiny.yaml"])
+            measured[name]["run"] = _taken(folder, checkouts[name], ["run", "tiny.yaml"])
         for number, arrives in enumerate((1.0, 1.0, 0.1, 0.0)):
             if arrives:
                 for folder in folders.values():
@@ -76,7 +68,7 @@ def main() -> None:
                 time.sleep(SETTLED_SECONDS + 1)
             for name, folder in folders.items():
                 what = f"tick {number + 1}, with {arrives:g} MB more" if arrives else "tick, nothing touched"
-                measured[name][what] = call(checkouts[name], folder, TICK)
+                measured[name][what] = _taken(folder, checkouts[name], TICK)
     for what in measured["now"]:
         for name, each in measured.items():
             print(f"{what:26} {name:7} {each[what]['seconds']:6.2f} s  {each[what]['megabytes']:6.0f} MB")
