@@ -10,6 +10,7 @@ import sqlite3
 import time
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 from lifelong_moe.storage.files import new_file
 from lifelong_moe.storage.keys import SHORT
@@ -162,7 +163,17 @@ def exists(path: Path) -> bool:
 
 def _create(path: Path, root: Path) -> None:
     from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
+    from sqlalchemy import Engine, event
+
+    def unsynced(connection: Any, _: object) -> None:
+        # Some hundred transactions would each wait for the disk, for a file that is nobody's before it is whole.
+        for pragma in ("synchronous = OFF", "journal_mode = MEMORY"):
+            connection.execute(f"PRAGMA {pragma}").close()
 
     with new_file(path) as work:
-        store = SqlAlchemyStore(f"sqlite:///{work.absolute()}", str(root.absolute() / "artifacts"))
+        event.listen(Engine, "connect", unsynced)
+        try:
+            store = SqlAlchemyStore(f"sqlite:///{work.absolute()}", str(root.absolute() / "artifacts"))
+        finally:
+            event.remove(Engine, "connect", unsynced)
         store.engine.dispose()  # Closes the file before it is renamed.

@@ -105,6 +105,22 @@ def test_a_kill_leaves_nothing_that_the_next_start_cannot_use(prepare: Any) -> N
     assert left() == {"mlflow.db", ".mlflow.db.lock"}
 
 
+def test_only_its_making_does_not_wait_for_the_disk(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file that is nobody's yet is synced once, and what is recorded in it later with each transaction."""
+    import mlflow.store.db.utils as mlflow_utils
+    from sqlalchemy import Engine
+
+    def synchronous(engine: Engine) -> int:
+        with closing(engine.raw_connection()) as connection:
+            return int(connection.cursor().execute("PRAGMA synchronous").fetchone()[0])
+
+    made, upgrade = list[int](), mlflow_utils._upgrade_db
+    monkeypatch.setattr(mlflow_utils, "_upgrade_db", lambda engine: (made.append(synchronous(engine)), upgrade(engine)))
+    assert record("a") is None
+    assert made == [0]
+    assert synchronous(mlflow_utils.create_sqlalchemy_engine(f"sqlite:///{ROOT.absolute()}/mlflow.db")) == 2
+
+
 def test_an_empty_file_is_no_database() -> None:
     ROOT.mkdir()
     (ROOT / "mlflow.db").touch()  # SQLite leaves one where it was opened and nothing was written
