@@ -44,8 +44,6 @@ quickstart: $(INSTALLED)
 	@echo "To use the command line yourself:     source $(BIN)/activate"
 	@echo "To compare both runs in a browser:    $(BIN)/lifelong-moe ui"
 
-# Bytecode is written even where the environment forbids it: many tests start Python anew.
-test: export PYTHONDONTWRITEBYTECODE :=
 test: $(INSTALLED_DEV)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .

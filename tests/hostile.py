@@ -14,9 +14,10 @@ import re
 import shutil
 import sqlite3
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import closing
 from dataclasses import dataclass, replace
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -222,24 +223,35 @@ LARGE: dict[str, str] = {
 as much, so that only stores are attacked by them."""
 
 
-def json_attacks(work: Path) -> Iterator[Attack]:
+@cache
+def _json_places(work: Path) -> dict[str, list[tuple[tuple[str | int, ...], Any]]]:
+    """By JSON file of an intact store, its places; read once, as each kind of value comes to all of them."""
+    files = [path for path in stored(work) if path.suffix in (".json", ".jsonl", ".sig")]
+    return {str(path.relative_to(work)): list(places(_load(path))) for path in files}
+
+
+def json_attacks(work: Path, kinds: Collection[str] | None = None) -> Iterator[Attack]:
     """Put each hostile value at each place of each JSON file, and mend the hashes and keys that would show it.
 
     Also exchange each key of a stage for that of each other stage, itself included: cycles.
+
+    Args:
+        work: Where :func:`make_store` worked.
+        kinds: Only attacks of these; None for all, some 400,000.
     """
-    files = [path for path in stored(work) if path.suffix in (".json", ".jsonl", ".sig")]
+    values = {kind: text for kind, text in (HOSTILE | LARGE).items() if kinds is None or kind in kinds}
     keys = sorted(json.loads(path.read_text())["key"] for path in work.glob("mlruns/stages/*/config.json"))
-    for path in files:
-        name = str(path.relative_to(work))
-        for place, value in places(_load(path)):
+    for name, found in _json_places(work).items():
+        for place, value in found:
             at = f"{name}:{'.'.join(map(str, place))}"
-            for kind, text in (HOSTILE | LARGE).items():
+            for kind, text in values.items():
                 yield Attack(at, kind, _put(name, place, text))
-            for key in keys if value in keys else []:
+            for key in keys if (kinds is None or "a cycle" in kinds) and value in keys else []:
                 if key != value:
                     yield Attack(at, "a cycle", _put(name, place, json.dumps(key)))
-        yield Attack(name, "nothing", _replaced(name, lambda place: place.write_text("")))
-        yield Attack(name, "no text", _replaced(name, lambda place: place.write_bytes(b"\xff\xfe\0")))
+        for kind, content in (("nothing", b""), ("no text", b"\xff\xfe\0")):
+            if kinds is None or kind in kinds:
+                yield Attack(name, kind, _replaced(name, partial(Path.write_bytes, data=content)))
 
 
 def database_attacks(work: Path) -> Iterator[Attack]:

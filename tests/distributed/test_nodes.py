@@ -35,14 +35,14 @@ def free_job() -> int:
             return 7_000_000 + job
 
 
-def start(command: list[str], **environment: str) -> subprocess.Popen[str]:
+def start(command: list[str], *arguments: str, **environment: str) -> subprocess.Popen[str]:
     """Start a node with nothing of a launcher's in its environment but what is given."""
     launchers = ("SLURM_", "TORCHELASTIC_", "MASTER_")
     outer = {name: value for name, value in os.environ.items() if not name.startswith(launchers)}
     path = os.pathsep.join(one or os.getcwd() for one in sys.path)
     outer |= {"PYTHONPATH": path, "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
     pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
-    command = [sys.executable, *command, "-m", "tests.node_steps", "shared"]
+    command = [sys.executable, *command, "-m", "tests.node_steps", "shared", *arguments]
     return subprocess.Popen(command, env=outer | environment, text=True, start_new_session=True, **pipes)
 
 
@@ -53,11 +53,14 @@ def torchrun(node: int, port: int) -> subprocess.Popen[str]:
 
 
 def srun(node: int, job: int) -> subprocess.Popen[str]:
-    """As srun does in docs/scheduling/nodes.slurm: these are the variables that a task finds."""
+    """As srun does in docs/scheduling/nodes.slurm: these are the variables that a task finds.
+
+    Ranks inherit all of them whether they are started or forked; torchrun's are started, which takes their imports.
+    """
     told = {"JOB_ID": job, "JOB_NAME": "lifelong-moe-run", "JOB_NODELIST": "localhost", "NODELIST": "localhost"}
     told |= {"NNODES": node_steps.NODES, "NTASKS": node_steps.NODES, "NTASKS_PER_NODE": 1}
     told |= {"PROCID": node, "NODEID": node, "LOCALID": 0}
-    return start([], **{f"SLURM_{name}": str(value) for name, value in told.items()})
+    return start([], "forked", **{f"SLURM_{name}": str(value) for name, value in told.items()})
 
 
 @pytest.mark.parametrize(("launch", "place"), [(torchrun, free_port), (srun, free_job)], ids=["torchrun", "srun"])

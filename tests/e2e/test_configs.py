@@ -75,7 +75,7 @@ def run_configurations(path: Path) -> list[RunConfig]:
         return [read_config(path, (), with_checkpoint).config]
     comparison = load_comparison(path)
     runs = [(arm, seed) for arm in comparison.arms for seed in comparison.settings.seeds[:1]]
-    return [read_config(comparison.base, comparison.overrides(arm, seed), with_checkpoint).config for arm, seed in runs]
+    return [comparison.configure(comparison.overrides(arm, seed)).config for arm, seed in runs]
 
 
 def is_retraining(path: Path) -> bool:
@@ -123,6 +123,7 @@ def test_commands_in_the_documentation_parse(monkeypatch: pytest.MonkeyPatch, tm
     monkeypatch.setenv("LIFELONG_DATA", "/somewhere")
     group = typer.main.get_command(app)
     assert hasattr(group, "resolve_command")
+    loaded: set[tuple[str, ...]] = set()
     for where, line in documented():
         words = shell_words(line)
         if not words or words[0].startswith("-"):
@@ -138,6 +139,9 @@ def test_commands_in_the_documentation_parse(monkeypatch: pytest.MonkeyPatch, tm
         if path is not None and (ROOT / path).is_file():
             asked = ROOT / path
             overrides = list(parsed.params.get("overrides") or [])
+            if (path, *overrides) in loaded:
+                continue
+            loaded.add((path, *overrides))
             if is_retraining(asked) or is_comparison(asked):
                 (load_retraining if is_retraining(asked) else load_comparison)(asked, overrides)
             else:

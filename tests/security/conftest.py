@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from tests.e2e.conftest import cli, lab, single_threaded, trained, trained_once
+from tests.e2e.conftest import cli, lab, pictures, single_threaded, trained, trained_once
 
-__all__ = ["cli", "lab", "single_threaded", "trained", "trained_once"]
+__all__ = ["cli", "lab", "pictures", "single_threaded", "trained", "trained_once"]

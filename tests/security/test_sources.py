@@ -93,8 +93,9 @@ def test_text_that_a_store_names_elsewhere_is_not_read(
     where: str, foreign: Callable[[dict[str, Any]], None], cli: Cli
 ) -> None:
     foreign(ELSEWHERE[where])
-    for command in COMMANDS.values():
-        result = cli(*(argument.format(document=_heldout()) for argument in command))
+    # `lineage` reads text in its own way; `inspect` and `drop` in the same one, so that each meets every other kind.
+    for command in ("lineage", ("inspect", "drop")[list(ELSEWHERE).index(where) % 2]):
+        result = cli(*(argument.format(document=_heldout()) for argument in COMMANDS[command]))
         # Held-out text that the store keeps serves, as where text was deleted.
         assert result.code == 0, result.err
     assert "diary" not in "".join(path.read_text(errors="ignore") for path in Path("data/cache").rglob("*.json"))

@@ -94,7 +94,7 @@ def test_no_link_of_a_store_is_followed(kind: str, intact: Path, tmp_path: Path)
 
 @pytest.mark.parametrize("kind", [*HOSTILE, *LARGE, "nothing", "no text", "a cycle"])
 def test_no_value_of_a_store_leads_out_of_it(kind: str, intact: Path, tmp_path: Path) -> None:
-    attacks = Tree(attack for attack in json_attacks(intact) if attack.kind == kind)
+    attacks = Tree(json_attacks(intact, [kind]))
     for command in random.Random(kind).sample([name for name in COMMANDS if name not in SLOW], SAMPLE):
         attack = attacks.draw(random.Random(f"{kind} {command}"))
         _, wrong = carry_out(command, intact, tmp_path / command, attack)
