@@ -30,6 +30,7 @@ from lifelong_moe.store.evaluations import EvaluationStore, StoredEvaluation
 from lifelong_moe.store.stages import CommittedStage
 from lifelong_moe.training.loop.context import StageEnvironment
 from lifelong_moe.training.stage import train_stage
+from tests.pictures import draw_once
 
 T = TypeVar("T")
 USERS = (pipelines.run.run, pipelines.versions.candidates)
@@ -151,7 +152,8 @@ _is_changed()
 
 
 def use_known_stages(patch: pytest.MonkeyPatch, factory: pytest.TempPathFactory) -> None:
-    """From now on commands train equal stages once."""
+    """From now on commands train equal stages once, and draw each kind of picture once."""
+    draw_once(patch)
     base = factory.getbasetemp()
     known = KnownStages((base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "known-stages")
     for module in USERS:

@@ -12,8 +12,10 @@ import torch
 
 from lifelong_moe.training.ranks import supervise
 from tests.forked import ForkedProcess
+from tests.integration.conftest import pictures
 from tests.tiny import write_corpora
 
+__all__ = ["pictures"]
 LIMIT_SECONDS = 120
 
 

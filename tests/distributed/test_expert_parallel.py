@@ -267,9 +267,8 @@ def test_a_stage_goes_on_with_other_numbers_of_processes(lab: Path, monkeypatch:
         {name: (t.shape, t.dtype) for name, t in one.items()} for one in tensors[1:]
     ]
     found = []
-    ways = (
+    ways = (  # as it began it ends in the same bits: test_resumed.py
         (spread, 1, 1, "ddp"),
-        (spread, 2, 2, "ddp"),
         (spread, 4, 2, "fsdp"),
         (spread, 2, 1, "fsdp"),
         (alone, 2, 2, "ddp"),

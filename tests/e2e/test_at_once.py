@@ -19,6 +19,8 @@ from pipelines.cli import app, exit_code
 from tests.known_stages import use_known_stages
 from tests.tiny import working_in
 
+pytestmark = pytest.mark.xdist_group("at once")  # one process trains and records what most of them ask about
+
 HEAVY = (
     "torch", "torch._dynamo", "lightning", "pytorch_lightning", "mlflow", "sqlalchemy", "faiss", "sklearn",
     "scipy", "scipy.stats", "sympy",

@@ -25,7 +25,11 @@ from tests.hostile import (
     json_attacks,
     link_attacks,
 )
+from tests.pictures import draw_once
 from tests.watched import import_named
+
+# Else a process would wait for half a minute while another one makes the store that all of them attack.
+pytestmark = pytest.mark.xdist_group("somebody else's store")
 
 # The run was moved on by `drop`; only a learned router without bundles can be consolidated; the address of one spool is
 # not the user's, so its records stay; no run has learned a batch that was put beside them.
@@ -44,6 +48,7 @@ def untouched(made_once: MadeOnce, template: Path) -> Path:
     def make(root: Path) -> None:
         with pytest.MonkeyPatch.context() as patch:
             patch.chdir(root)
+            draw_once(patch)
             make_store(root, template)
 
     return made_once("full-store", make)
