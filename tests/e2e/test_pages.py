@@ -46,7 +46,9 @@ NOTEBOOK = ROOT / "docs/python.ipynb"
 PLACEHOLDER = re.compile(r"\b[A-Z]{2,}\b|\[|…")
 MAY_REJECT = ("retrain",)
 """Commands whose exit code 3 is as good an outcome as any on so little text."""
-QUICKSTART = {
+BUDGET = re.compile(r"^(stage_defaults\.tokens=)[\d_]+$")
+"""A page's own budget, for which the tiny model would take a thousand steps a stage."""
+QUICKSTART: dict[str, Any] = {
     "tokenizer": {"vocab_size": 400},
     "distributions": {name: {"max_bytes": 60_000} for name in ("english_docs", "python_code", "cpp_headers")},
     "model": {"layers": 1, "width": 16, "heads": 2, "kv_heads": 1, "expert_width": 8, "experts": 4, "context": 32},
@@ -174,6 +176,7 @@ class Reader:
         if (asked := shlex.join(arguments)) in self.done:
             return
         self.done.append(asked)
+        arguments = [BUDGET.sub(rf"\g<1>{QUICKSTART['stage_defaults']['tokens']}", word) for word in arguments]
         if "--tasks" in arguments:  # of a library that is not installed here; tests of the harness put tasks to runs
             check_pattern(found, typer.main.get_command(app).commands["evaluate"], arguments[1:])  # type: ignore[attr-defined]
             return
