@@ -52,7 +52,10 @@ def behavior(model: LanguageModel, sample: Mapping[str, Tensor]) -> Behavior:
     def keep(router: Router, given: tuple[Tensor, RoutingContext], routing: Routing) -> None:
         decisions[router] = (*given, routing)
 
-    return Behavior(_hidden(model, sample, keep), copy.deepcopy(model.head), decisions)
+    # Frozen changes, as many as generations, are not copied: that they stay is proved bit for bit at the commit.
+    frozen = [one for one in model.head.deltas.values() if not any(p.requires_grad for p in one.parameters())]
+    head = copy.deepcopy(model.head, {id(one): one for one in frozen})
+    return Behavior(_hidden(model, sample, keep), head, decisions)
 
 
 @torch.no_grad()

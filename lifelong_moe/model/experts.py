@@ -54,7 +54,10 @@ class ExpertGeneration(nn.Module):
     @property
     def trains(self) -> bool:
         """Whether any of their matrices is trainable."""
-        return any(parameter.requires_grad for parameter in self.parameters())
+        # Asked of each generation in each layer of each step. Without modules of its own, as those that hold a matrix
+        # in fewer bits, there is nothing to walk through.
+        held = self.parameters() if self._modules else self._parameters.values()
+        return any(parameter is not None and parameter.requires_grad for parameter in held)
 
     def stored_names(self, tensor: str) -> list[str]:
         """Name of each expert's tensor in a state dictionary, relative to the layer's banks."""

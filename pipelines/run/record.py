@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -106,11 +107,15 @@ class MlflowRecord:
             context = "training" if name in config.trained else "evaluation"
             self._dataset(run_id, name, record.train_hash, context)
 
+    @cached_property
+    def _sources(self) -> dict[str, Any]:
+        """Where the text of each distribution is from, once a run: it takes a copy of the whole configuration."""
+        # As written: an interpolation of a secret must not be resolved into MLflow.
+        return {str(key): value for key, value in written_config(self.prepared.loaded.raw)["distributions"].items()}
+
     def _dataset(self, run_id: str | None, name: str, digest: str, context: str) -> None:
         record = self.prepared.data.records[name]
-        sources = {str(key): value for key, value in written_config(self.prepared.loaded.raw)["distributions"].items()}
-        # As written: an interpolation of a secret must not be resolved into MLflow.
-        source = sources[name]
+        source = self._sources[name]
         if not isinstance(source, str):
             named = ", ".join(patterns(source.get("files")))
             source = source.get("builtin") or named or f"{source['hf']}@{source['revision']}"

@@ -1,7 +1,8 @@
 """P17, P18: what a model of many generations costs: a step, a generated token, and each stage of a long run.
 
-Steps and tokens are those of the quickstart's size: old generations are frozen, and the text is the newest one's. The
-run is tiny: as many stages as distributions, each of some steps, with records in MLflow.
+Steps and tokens are those of the quickstart's size, and steps also of the reference's: old generations are frozen, and
+the text is the newest one's. The run is tiny: as many stages as distributions, each of some steps, with records in
+MLflow.
 
     OMP_NUM_THREADS=1 .venv/bin/python -m tests.benchmarks.performance.years --rounds 5 --stages 20
 """
@@ -45,6 +46,9 @@ from tests.tiny import tiny_config, train, working_in, write_config, write_corpu
 from tests.unit.test_claims import planned
 
 GENERATIONS = (2, 4, 8, 16, 32, 64)
+REFERENCE_GENERATIONS = (2, 16, 64)
+REFERENCE_ROUNDS = 5
+"""At most: a step of the reference's size takes seconds."""
 TOKENS = 32
 """Generated tokens that are timed together."""
 STAGES = 50
@@ -53,16 +57,23 @@ QUICKSTART = Path("configs/quickstart.yaml")
 Action = Callable[[], object]
 
 
-def architecture(generations: int) -> Architecture:
-    """The quickstart's, with so many generations; all but the newest are frozen."""
+def quickstart_size(spec: StageSpec) -> Size:
+    """The quickstart's, and the batch of a stage."""
+    return Size(width=128, expert_width=256, vocab=4096, sequences=spec.optim.batch_tokens // 256)
+
+
+def architecture(generations: int, size: Size | None = None) -> Architecture:
+    """The quickstart's, or that of a size, with so many generations; all but the newest are frozen."""
     found = planned(QUICKSTART.name, [])[-1].architecture
+    if size is not None:
+        found = replace(found, model=replace(size.model_config(), document_mask=True), vocab_size=size.vocab)
     born = [Generation(f"stage-{g}", 2, delta_rank=110) for g in range(1, generations)]
     return replace(found, generations=(found.generations[0], *born), frozen=generations - 1)
 
 
-def model_of(generations: int) -> LanguageModel:
+def model_of(generations: int, size: Size | None = None) -> LanguageModel:
     """Initialized, with changes that are not zero."""
-    model = LanguageModel(architecture(generations))
+    model = LanguageModel(architecture(generations, size))
     initialize(model, seed=0)
     generator = torch.Generator().manual_seed(0)
     for name, parameter in model.named_parameters():
@@ -71,14 +82,13 @@ def model_of(generations: int) -> LanguageModel:
     return model
 
 
-def step_of(model: LanguageModel, spec: StageSpec) -> Action:
+def step_of(model: LanguageModel, spec: StageSpec, size: Size) -> Action:
     """A training step of the newest generation on its own text."""
     newest, module = len(model.architecture.generations) - 1, StageModule(model.train(), spec, spec.phases()[0], None)
     trained = model.parameters_of(generation=newest)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name in trained)
     optimizer = module.configure_optimizers()["optimizer"]
-    size = Size(width=128, expert_width=256, vocab=4096, sequences=spec.optim.batch_tokens // 256)
     data = [
         with_shares({**one, "domain_ids": torch.full_like(one["domain_ids"], newest)}, spec) for one in batches(size)
     ]
@@ -108,6 +118,15 @@ def tokens_of(model: LanguageModel) -> Action:
             token = reading.logits(reading.read(token, newest), newest)[:, -1].argmax(dim=-1, keepdim=True).numpy()
 
     return write
+
+
+def reference_steps(spec: StageSpec, rounds: int) -> dict[int, list[float]]:
+    """Seconds of a step of the reference's size, by generations; the models are gone when it returns."""
+    size = Size()
+    optim = replace(spec.optim, batch_tokens=size.tokens)
+    spec = replace(spec, model=replace(size.model_config(), document_mask=True), optim=optim)
+    models = {number: model_of(number, size) for number in REFERENCE_GENERATIONS}
+    return interleaved({number: step_of(model, spec, size) for number, model in models.items()}, rounds)
 
 
 def interleaved(actions: dict[int, Action], rounds: int) -> dict[int, list[float]]:
@@ -180,31 +199,47 @@ def long_config(names: list[str]) -> dict[str, Any]:
     )
 
 
+def growth_of(what: str, seconds: dict[int, list[float]]) -> dict[str, Any]:
+    """Goals of P17: what many generations cost over two."""
+    goals = {}
+    for number in (16, 64):
+        one = ratio(seconds[number], seconds[2])
+        goals[f"P17 {what}, {number} generations over 2"] = judged(one.ratio, one.low, one.high, "<= 1.1", "x")
+    return goals
+
+
+def medians(seconds: dict[int, list[float]]) -> dict[str, float]:
+    """By generations."""
+    return {str(number): round(statistics.median(each), 6) for number, each in seconds.items()}
+
+
+def measure_reference(rounds: int) -> dict[str, Any]:
+    """A step of the reference's size alone; some minutes."""
+    found = reference_steps(stage_specs(read_config(QUICKSTART).config)[-1], min(rounds, REFERENCE_ROUNDS))
+    return {
+        "goals": growth_of("a step of the reference's size", found),
+        "detail": {"seconds_a_step_of_reference": medians(found)},
+    }
+
+
 def measure(rounds: int = 9, stages: int = STAGES) -> dict[str, Any]:
     """All of it; some minutes."""
-    torch.set_num_threads(1)
-    keep_freed_memory()
     spec = stage_specs(read_config(QUICKSTART).config)[-1]
     models = {number: model_of(number) for number in GENERATIONS}
     tokens = interleaved({number: tokens_of(model) for number, model in models.items()}, rounds)
-    steps = interleaved({number: step_of(model, spec) for number, model in models.items()}, rounds)
+    size = quickstart_size(spec)
+    steps = interleaved({number: step_of(model, spec, size) for number, model in models.items()}, rounds)
+    reference = measure_reference(rounds)
     run = long_run(stages)
     rest = [stage["evaluation"] + stage["records"] for stage in run[:-1]]
     early, late = rest[2:7], rest[-6:-1]  # around the fifth stage; the last one also draws the run's pictures
-    goals = {}
-    for what, found in (("a step", steps), ("a generated token", tokens)):
-        for number in (16, 64):
-            one = ratio(found[number], found[2])
-            goals[f"P17 {what}, {number} generations over 2"] = judged(one.ratio, one.low, one.high, "<= 1.1", "x")
+    goals = growth_of("a step", steps) | reference["goals"] | growth_of("a generated token", tokens)
     grown = statistics.median(late) / statistics.median(early)
     spread = [value / statistics.median(early) for value in statistics.quantiles(late, n=4)]
     what = f"P18 stage {stages - 3} over 5 of {stages}, all but training"
     goals[what] = judged(grown, spread[0], spread[2], "<= 1.5", "x")
-    detail = {
-        name: {str(number): round(statistics.median(seconds), 6) for number, seconds in found.items()}
-        for name, found in (("seconds_a_step", steps), (f"seconds_for_{TOKENS - 1}_tokens", tokens))
-    }
-    return {"goals": goals, "detail": {**detail, "stages": run}}
+    detail = {"seconds_a_step": medians(steps), f"seconds_for_{TOKENS - 1}_tokens": medians(tokens)}
+    return {"goals": goals, "detail": {**detail, **reference["detail"], "stages": run}}
 
 
 def main() -> None:
@@ -212,8 +247,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--stages", type=int, default=STAGES, help="of the long run, at least 12")
+    parser.add_argument("--reference", action="store_true", help="measure a step of the reference's size alone")
     given = parser.parse_args()
-    print(json.dumps(measure(given.rounds, given.stages)))
+    torch.set_num_threads(1)
+    keep_freed_memory()
+    found = measure_reference(given.rounds) if given.reference else measure(given.rounds, given.stages)
+    print(json.dumps(found))
 
 
 if __name__ == "__main__":
