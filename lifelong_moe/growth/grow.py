@@ -182,7 +182,9 @@ def _observed(
     centroids: dict[int, NDArray[np.float32]] = {}
     # The inputs of all layers may be larger than the model: then of some at a time, in several passes.
     bytes_each = 4 * sample["token_ids"].numel() * model.architecture.model.width
-    held = max(INPUT_BYTES, sum(p.nbytes for p in model.parameters()) // 2)
+    held = INPUT_BYTES
+    if bytes_each * len(wanted) > held:
+        held = max(held, sum(p.nbytes for p in model.parameters()) // 2)
     at_once = max(1, held // bytes_each)
     for first in range(0, max(1, len(wanted)), at_once):
         observations = observe(model, sample, wanted[first : first + at_once])

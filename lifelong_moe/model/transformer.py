@@ -82,9 +82,9 @@ class LanguageModel(nn.Module):
             self.register_buffer(name, torch.zeros(architecture.vocab_size, dtype=torch.int64))
         self.register_state_dict_post_hook(self._leave_out_tied_head)
         # Found once: generations add no matrices, but more and more modules to look through.
-        matrices = [*self.delta_matrices()]
+        self._matrices = [one for one in self.modules() if isinstance(one, DeltaLinear | DeltaEmbedding)]
         for i, generation in enumerate(architecture.generations):
-            self._add_modules(generation, matrices)
+            self._add_modules(generation)
             if i + 1 == architecture.frozen:
                 self.freeze_generations(architecture.continued)
 
@@ -137,29 +137,28 @@ class LanguageModel(nn.Module):
 
     def add_generation(self, generation: Generation) -> None:
         """Add a generation's experts and deltas, uninitialized; the caller updates ``architecture``."""
-        self._add_modules(generation, [*self.delta_matrices()])
+        self._add_modules(generation)
         # Modules are made on the CPU; a model that grows may be elsewhere. It walks through all that is there, so that
         # a model of many generations, which are made where it is, does without.
-        self.to(self.embedding.weight.device)
+        if (device := self.embedding.weight.device).type != "cpu":
+            self.to(device)
 
-    def _add_modules(self, generation: Generation, matrices: Sequence[DeltaLinear | DeltaEmbedding]) -> None:
+    def _add_modules(self, generation: Generation) -> None:
         for i, layer in enumerate(self.moe_layers()):
             layer.add_experts(generation.experts_in(i), generation.rank)
         if self.document_clusters is not None:
             self.document_clusters.add(generation.experts)
         number = self.embedding.deltas.num_generations
-        for matrix in matrices:
+        for matrix in self.delta_matrices():
             matrix.add_generation(generation.delta_rank)
         for table in (self.embedding, self.head) if generation.tokens else ():
             table.added.add_generation(number, generation.tokens, self.architecture.model.width)
         if self._is_tied and generation.tokens:
             self.head.added[str(number)] = self.embedding.added[str(number)]
 
-    def delta_matrices(self) -> Iterator[DeltaLinear | DeltaEmbedding]:
+    def delta_matrices(self) -> Sequence[DeltaLinear | DeltaEmbedding]:
         """The matrices of the trunk that may have deltas: embedding, attention, head."""
-        for module in self.modules():
-            if isinstance(module, DeltaLinear | DeltaEmbedding):
-                yield module
+        return self._matrices
 
     def freeze_generations(self, but: int | None = None) -> None:
         """Freeze all experts, router rows and deltas except those of one generation; None freezes all."""

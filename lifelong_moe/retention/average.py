@@ -33,7 +33,7 @@ def average_with(model: nn.Module, start: Mapping[str, Tensor], share: float) ->
         weights, after training. Lin et al. 2023 (arXiv:2309.06256) find it the best of several methods against
         forgetting in language models.
     """
-    parameters = dict(model.named_parameters())
+    parameters = dict(model.named_parameters()) if start else {}
     for name, old in start.items():
         # In float32: half precision would round twice.
         new = parameters[name].float()

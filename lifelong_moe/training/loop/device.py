@@ -87,7 +87,9 @@ def on_configured_device(model: LanguageModel, trainer: TrainerConfig) -> Langua
             size = needed / HEADROOM / 1e9
             log.warning("a model of %.1f GB is read on the CPU: %s has %.1f GB free", size, device, free / 1e9)
             device = CPU
-    return model.to(device)
+    # There already, as always without a GPU: a move to the same place would walk through every generation.
+    is_there = device == CPU == model.embedding.weight.device
+    return model if is_there else model.to(device)
 
 
 def _first_index(devices: int | str | list[int]) -> int | None:

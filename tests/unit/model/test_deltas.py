@@ -12,6 +12,7 @@ from torch import Tensor
 
 from lifelong_moe.config.growth import GrowConfig, RouterInit
 from lifelong_moe.growth.grow import grow
+from lifelong_moe.growth.noop import behavior
 from lifelong_moe.model.deltas import DeltaEmbedding, DeltaLinear, GenerationSlices
 from lifelong_moe.model.tokens import TokenBatch
 from lifelong_moe.model.transformer import LanguageModel
@@ -122,6 +123,15 @@ def test_a_new_bundle_begins_as_the_trunk_itself(make_model: Make, make_batch: B
         assert not matrix.deltas["1"].up.any() and matrix.deltas["1"].down.any()
     for matrix in (m for m in model.delta_matrices() if isinstance(m, DeltaLinear)):
         assert torch.equal(matrix.weight_of(1), matrix.weight)
+
+
+def test_what_growth_is_compared_with_shares_frozen_changes_of_the_head(make_model: Make, make_batch: Batch) -> None:
+    """A copy of each would cost as many as there are generations; what trains is copied, since growth may change it."""
+    model, batch = make_model("labelled_bundles", (4, SECOND)).eval(), make_batch(domains=2)
+    assert behavior(model, batch).head.deltas["1"] is not model.head.deltas["1"]
+    model.freeze_generations()
+    head = behavior(model, batch).head
+    assert head.deltas["1"] is model.head.deltas["1"] and head.weight is not model.head.weight
 
 
 def test_a_bundle_goes_on_from_the_one_before_it(make_model: Make, make_batch: Batch) -> None:

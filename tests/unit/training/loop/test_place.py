@@ -29,6 +29,12 @@ def test_on_the_device_that_trains(make_model: Make) -> None:
     assert not isinstance(on_configured_device(model, TrainerConfig(accelerator="cpu")).embedding.weight, Pretended)
 
 
+def test_what_is_there_is_not_walked_through(make_model: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = make_model()
+    monkeypatch.setattr(LanguageModel, "_apply", lambda self, *more: pytest.fail("moved to where it is"))
+    assert on_configured_device(model, TrainerConfig(accelerator="cpu")) is model
+
+
 @pytest.mark.parametrize(("free", "fits"), [(1.2, False), (1.3, True)])
 def test_what_has_no_room_there_stays_on_the_cpu(
     make_model: Make, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, free: float, fits: bool
