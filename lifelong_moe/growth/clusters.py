@@ -156,7 +156,7 @@ def fit_clusters(
     sample: Mapping[str, Tensor],
     seed: int,
 ) -> None:
-    """Fit all centroids and tables that ``routing`` needs, if any."""
+    """Fit all centroids and tables that ``routing`` needs, if any; only those of hidden states read the sample."""
     routing = model.architecture.routing
     if routing.by_document:
         fit_document_clusters(model, documents, seed)

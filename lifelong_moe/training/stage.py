@@ -148,8 +148,10 @@ def _fit_clusters(model: LanguageModel, run: StageRun) -> None:
     """Fit the stage's centroids to the text that it learns, the same number of tokens from each distribution."""
     spec, corpora = run.spec, [run.corpora[name] for name in run.spec.learns]
     share = spec.routing.sample_tokens // len(corpora)
-    samples = [text_sample(model, spec, corpus, share) for corpus in corpora]
-    sample = {name: torch.cat([one[name] for one in samples]) for name in samples[0]}
+    # Only where it is read: to say whose text each chunk is asks all generations.
+    is_read = model.architecture.routing.clusters_hidden
+    samples = [text_sample(model, spec, one, share) for one in corpora] if is_read else []
+    sample = {name: torch.cat([one[name] for one in samples]) for name in (samples[0] if samples else ())}
     documents = ShardDocuments([corpus.train for corpus in corpora])
     # Centroids are fitted on a prefix of the stream, so every distribution's share comes before any of the rest.
     heads, rests = [c.train.tokens[:share] for c in corpora], [c.train.tokens[share:] for c in corpora]
