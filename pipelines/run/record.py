@@ -108,7 +108,7 @@ class MlflowRecord:
             self._dataset(run_id, name, record.train_hash, context)
 
     @cached_property
-    def _sources(self) -> dict[str, Any]:
+    def _sources(self) -> Mapping[str, Any]:
         """Where the text of each distribution is from, once a run: it takes a copy of the whole configuration."""
         # As written: an interpolation of a secret must not be resolved into MLflow.
         return {str(key): value for key, value in written_config(self.prepared.loaded.raw)["distributions"].items()}
