@@ -6,6 +6,8 @@ Legend: N tokens, V vocabulary, F feature width.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import closing
+from itertools import islice
 
 import numpy as np
 import torch
@@ -60,7 +62,8 @@ def fit_token_clusters(
         assert isinstance(router, TokenClusterRouter)
         # Observed anew for each layer: the layers below route by the centroids that were just fitted.
         if routing.clusters_hidden:
-            inputs_ND = observe(model, sample, [i])[i].inputs_ND
+            with closing(observe(model, sample, [i])) as layers:
+                inputs_ND = next(islice(layers, i, None)).inputs_ND
             assert inputs_ND is not None
             features_NF = inputs_ND.numpy()
         num = router.generations[-1]

@@ -26,9 +26,6 @@ from lifelong_moe.model.transformer import LanguageModel, initial_std
 from lifelong_moe.ops.initializers import fan_in_normal_
 from lifelong_moe.plan.architecture import Generation
 
-INPUT_BYTES = 128 << 20
-"""Inputs of layers that are held in one pass over the sample, or half of the model if that is more."""
-
 
 def grow(
     model: LanguageModel,
@@ -179,19 +176,12 @@ def _observed(
     """Tokens of each expert by layer, and where rows begin as centroids, those of the layers that have rows."""
     layers = [*enumerate(model.moe_layers())] if config.router == RouterInit.centroid else []
     wanted = [i for i, layer in layers if layer.router.row_generations() and generation.experts_in(i)]
-    centroids: dict[int, NDArray[np.float32]] = {}
-    # The inputs of all layers may be larger than the model: then of some at a time, in several passes.
-    bytes_each = 4 * sample["token_ids"].numel() * model.architecture.model.width
-    held = INPUT_BYTES
-    if bytes_each * len(wanted) > held:
-        held = max(held, sum(p.nbytes for p in model.parameters()) // 2)
-    at_once = max(1, held // bytes_each)
-    for first in range(0, max(1, len(wanted)), at_once):
-        observations = observe(model, sample, wanted[first : first + at_once])
-        for i, seen in enumerate(observations):
-            if seen.inputs_ND is not None:
-                centroids[i] = spherical_kmeans(seen.inputs_ND.numpy(), generation.experts_in(i), seed=seed)
-    return [seen.counts_E for seen in observations], centroids
+    counts, centroids = list[Tensor](), dict[int, NDArray[np.float32]]()
+    for i, seen in enumerate(observe(model, sample, wanted)):
+        counts.append(seen.counts_E)
+        if seen.inputs_ND is not None:
+            centroids[i] = spherical_kmeans(seen.inputs_ND.numpy(), generation.experts_in(i), seed=seed)
+    return counts, centroids
 
 
 def _new_rows(

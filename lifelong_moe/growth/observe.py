@@ -5,12 +5,14 @@ Legend: B batch, S sequence, N sampled tokens, D model width, E experts.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from lifelong_moe.model.moe import MoELayer
 from lifelong_moe.model.tokens import TokenBatch
 from lifelong_moe.model.transformer import LanguageModel
 
@@ -30,40 +32,45 @@ class Observation:
 
 
 @torch.no_grad()
-def observe(model: LanguageModel, sample: Mapping[str, Tensor], inputs_of: Collection[int] = ()) -> list[Observation]:
-    """Run the model on a sample and record what each mixture-of-experts layer sees.
+def observe(
+    model: LanguageModel, sample: Mapping[str, Tensor], inputs_of: Collection[int] = ()
+) -> Iterator[Observation]:
+    """Run the model on a sample, and say what each mixture-of-experts layer sees, bottom to top.
+
+    Layer by layer: all of the sample is in one before any of it goes on to the next, so that the inputs of no more than
+    one layer are held, beside the hidden states of the sample. A layer that nobody asks for is not computed.
 
     Args:
-        model: Unchanged; back in its mode afterwards.
+        model: Unchanged; in evaluation mode until the last layer is seen, and then back in its own.
         sample: Blocks as the data module yields them, ``token_ids`` ``(B, S)`` among them.
-        inputs_of: Layers whose inputs are kept; those of all layers may be larger than the model.
-
-    Returns:
-        One observation per layer, bottom to top.
+        inputs_of: Layers whose inputs are given.
     """
-    inputs: dict[int, list[Tensor]] = {layer: [] for layer in inputs_of}
-    counts: list[list[Tensor]] = []
-    # Moved to the CPU at once: hidden states of layers for a whole sample may not fit on the device.
-    hooks = [
-        layer.register_forward_pre_hook(lambda _, args, kept=inputs[i]: kept.append(args[0].float().cpu()))
-        for i, layer in enumerate(model.moe_layers())
-        if i in inputs
-    ]
+    blocks, batch = max(1, FORWARD_TOKENS // sample["token_ids"].shape[1]), TokenBatch.of(sample)
+    parts = [slice(start, start + blocks) for start in range(0, len(sample["token_ids"]), blocks)]
+    runs, masks_T = [model.by_block(batch[rows]) for rows in parts], [sample["mask"][rows].flatten() for rows in parts]
+    # Hooks see padding too, which counts in no statistic.
+    real_T = sample["mask"].flatten().cpu()
     training = model.training
     model.eval()  # no jitter, dropout or capacity of training
     try:
-        blocks = max(1, FORWARD_TOKENS // sample["token_ids"].shape[1])
-        for start in range(0, len(sample["token_ids"]), blocks):
-            rows = slice(start, start + blocks)
-            output, mask_T = model(TokenBatch.of(sample)[rows]), sample["mask"][rows].flatten()
-            counts.append([routing.counts_of(mask_T).cpu() for routing in output.routings])
+        for i, layer in enumerate(model.moe_layers()):
+            with _inputs(layer, i in inputs_of) as inputs:
+                counts = [next(run).counts_of(mask_T).cpu() for run, mask_T in zip(runs, masks_T, strict=True)]
+            yield Observation(torch.stack(counts).sum(dim=0), torch.cat(inputs)[real_T] if inputs else None)
     finally:
         model.train(training)
-        for hook in hooks:
-            hook.remove()
-    # Hooks saw padding too, which counts in no statistic.
-    real_T = sample["mask"].flatten().cpu()
-    return [
-        Observation(torch.stack(c).sum(dim=0), torch.cat(inputs.pop(i))[real_T] if i in inputs else None)
-        for i, c in enumerate(zip(*counts, strict=True))
-    ]
+
+
+@contextmanager
+def _inputs(layer: MoELayer, kept: bool) -> Iterator[list[Tensor]]:
+    """Inputs of a layer within this context, on the CPU; none if they are not to be kept."""
+    inputs: list[Tensor] = []
+    if not kept:
+        yield inputs
+        return
+    # Moved at once: the sample's hidden states may fit on the device once, and not twice.
+    hook = layer.register_forward_pre_hook(lambda _, args: inputs.append(args[0].float().cpu()))
+    try:
+        yield inputs
+    finally:
+        hook.remove()

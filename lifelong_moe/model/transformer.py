@@ -251,6 +251,18 @@ class LanguageModel(nn.Module):
             hidden_BSD = hidden_BSD * self.architecture.model.logit_scale
         return ModelOutput(self.head.read(hidden_BSD, routings[-1]), routings, below_BSD)
 
+    def by_block(self, batch: TokenBatch) -> Iterator[Routing]:
+        """:meth:`forward` without the head: run a block, yield its routing, and wait until the next block is asked for.
+
+        What many batches need of one layer can then be had before any goes on to the next.
+        """
+        self._require_domains(batch)
+        attention = self._attention_context(batch, None)
+        routing, x_BSD = self._routing_context(batch, attention.generations), self._embed(batch, attention.generations)
+        for block in self.blocks:
+            x_BSD, decided = block(x_BSD, attention, routing, None)
+            yield decided
+
     def _require_domains(self, batch: TokenBatch) -> None:
         architecture, clusters = self.architecture, self.document_clusters
         # Without generations that tokens belong to, clusters of text may still choose the experts.

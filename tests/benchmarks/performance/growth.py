@@ -68,7 +68,7 @@ def measure() -> dict[str, Any]:
     whole, read, bare = [], [], []
     for _ in range(ROUNDS + 1):
         model = copy.deepcopy(original)
-        read.append(timed(lambda model=model: observe(model, sample)))
+        read.append(timed(lambda model=model: [*observe(model, sample)]))
         other = copy.deepcopy(original)
         bare.append(timed(lambda model=other: prepare(model, unclustered)))
         whole.append(timed(lambda model=model: prepare(model, config)))
