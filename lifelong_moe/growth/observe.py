@@ -47,16 +47,18 @@ def observe(
     """
     blocks, batch = max(1, FORWARD_TOKENS // sample["token_ids"].shape[1]), TokenBatch.of(sample)
     parts = [slice(start, start + blocks) for start in range(0, len(sample["token_ids"]), blocks)]
-    runs, masks_T = [model.by_block(batch[rows]) for rows in parts], [sample["mask"][rows].flatten() for rows in parts]
-    # Hooks see padding too, which counts in no statistic.
-    real_T = sample["mask"].flatten().cpu()
+    runs = [(model.by_block(batch[rows]), sample["mask"][rows].flatten()) for rows in parts]
     training = model.training
     model.eval()  # no jitter, dropout or capacity of training
     try:
         for i, layer in enumerate(model.moe_layers()):
-            with _inputs(layer, i in inputs_of) as inputs:
-                counts = [next(run).counts_of(mask_T).cpu() for run, mask_T in zip(runs, masks_T, strict=True)]
-            yield Observation(torch.stack(counts).sum(dim=0), torch.cat(inputs)[real_T] if inputs else None)
+            counts, inputs = list[Tensor](), list[Tensor]()
+            for run, mask_T in runs:
+                with _inputs(layer, i in inputs_of) as seen:
+                    counts.append(next(run).counts_of(mask_T).cpu())
+                # A hook sees padding too, which counts in no statistic.
+                inputs += [x_TD[mask_T.cpu()] for x_TD in seen]
+            yield Observation(torch.stack(counts).sum(dim=0), torch.cat(inputs) if inputs else None)
     finally:
         model.train(training)
 

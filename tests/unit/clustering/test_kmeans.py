@@ -1,6 +1,7 @@
 import os
 import subprocess
 import sys
+from typing import Literal
 
 import faiss
 import numpy as np
@@ -24,6 +25,17 @@ def blobs(num_blobs: int, rows_each: int = 30, spread: float = 0.05) -> np.ndarr
     """Rows around the first axes, blob after blob."""
     noise = np.random.default_rng(7).normal(scale=spread, size=(num_blobs * rows_each, 6))
     return np.repeat(AXES[:num_blobs], rows_each, axis=0) + noise
+
+
+@pytest.mark.parametrize("order", ["C", "F"])
+@pytest.mark.parametrize(("rows", "width"), [(0, 3), (1, 40), (4095, 3), (4097, 40), (9000, 1), (8192, 512)])
+def test_rows_are_normalized_each_by_itself(rows: int, width: int, order: Literal["C", "F"]) -> None:
+    """To the last bit what one pass over all of them gives, as it was computed before."""
+    features = np.asarray(np.random.default_rng(0).normal(size=(rows, width)), np.float32, order=order)
+    whole = np.asarray(features, np.float64)
+    scaled = whole / np.abs(whole).max(axis=1, keepdims=True, initial=0.0)
+    expected = np.asarray(scaled / np.sqrt(np.sum(scaled * scaled, axis=1, keepdims=True)), np.float32)
+    assert np.array_equal(unit_rows(features), expected)
 
 
 def test_unit_rows_keep_zeros_and_survive_extreme_lengths() -> None:
