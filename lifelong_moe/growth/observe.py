@@ -5,7 +5,7 @@ Legend: B batch, S sequence, N sampled tokens, D model width, E experts.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Generator, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -34,7 +34,7 @@ class Observation:
 @torch.no_grad()
 def observe(
     model: LanguageModel, sample: Mapping[str, Tensor], inputs_of: Collection[int] = ()
-) -> Iterator[Observation]:
+) -> Generator[Observation, None, None]:
     """Run the model on a sample, and say what each mixture-of-experts layer sees, bottom to top.
 
     Layer by layer: all of the sample is in one before any of it goes on to the next, so that the inputs of no more than
