@@ -5,7 +5,7 @@ PYTHONPATH=$PWD python docs/make_pictures.py
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
@@ -74,6 +74,32 @@ def long_life_figure(curves: Mapping[str, list[float]]) -> Figure:
     return figure
 
 
+STARTS = {"first": "first", "5 % more": "5 % more text", "one changed file": "one changed file", "second": "second"}
+
+
+def reading() -> dict[str, object]:
+    """What starts of `prepare` take for text of several sizes."""
+    sizes = kinds.read("results/reading")["sizes"]
+    kept = ("processor_seconds", "most_memory_megabytes")
+    of_starts = {name: {what: [one["starts"][name][what] for one in sizes] for what in kept} for name in STARTS}
+    return {"megabytes": [one["megabytes"] for one in sizes], "starts": of_starts}
+
+
+def reading_figure(shown: Mapping[str, Any]) -> Figure:
+    """Two panels over the size of the text: processor seconds, and the most memory."""
+    figure, panels = canvas(9.0, 3.4, 1, 2)
+    labels = {"processor_seconds": "processor seconds", "most_memory_megabytes": "most memory, MB"}
+    for axes, (what, label) in zip(panels, labels.items(), strict=True):
+        for colour, (name, words) in zip(LINE_COLOURS, STARTS.items(), strict=False):
+            values = shown["starts"][name][what]
+            axes.plot(shown["megabytes"], values, "o-", color=colour)
+            axes.annotate(words, (shown["megabytes"][-1], values[-1]), xytext=(6, 0), textcoords="offset points",
+                          fontsize=8, color=colour, va="center", annotation_clip=False)  # fmt: skip
+        axes.set(xlabel="MB of JSONL", ylabel=label, ylim=(0, None))
+    entitle(figure, "prepare", "what starts take by the size of the text", "processes that each start anew")
+    return figure
+
+
 def pictures() -> dict[str, dict[str, object]]:
     """What each picture shows, by its path below ``docs/``."""
     readme = {name: words.replace("**", "").replace("`", "") for name, (words, _) in MAIN.items()}
@@ -82,13 +108,18 @@ def pictures() -> dict[str, dict[str, object]]:
         "results/trained_base.png": in_bits("results/trained_base", readme),
         "results/pareto.png": in_bits("results/bench", bench),
         "results/long_life50.png": long_life(),
+        "results/reading.png": reading(),
     }
+
+
+DRAWN = {"results/long_life50.png": long_life_figure, "results/reading.png": reading_figure}
 
 
 def main() -> None:
     """Draw each picture beside its JSON; it keeps the key of what it shows, by which a test knows whether it is old."""
     for path, shown in pictures().items():
-        figure = long_life_figure(shown) if "long_life" in path else pareto_figure(shown)
+        draw: Callable[[Any], Figure | None] = DRAWN.get(path, pareto_figure)
+        figure = draw(shown)
         assert figure is not None, path
         figure.savefig(kinds.ROOT / "docs" / path, metadata={"Source": content_key(shown)})
 

@@ -334,12 +334,18 @@ def long_life_start() -> list[str]:
 
 
 def reading() -> list[str]:
-    """What reading 100 MB takes."""
+    """What starts of `prepare` take, by the size of the text."""
     rows = [
-        [one["what"], f"{one['processor_seconds']:.1f}", str(one["most_memory_megabytes"])]
-        for one in read("results/reading")["rows"]
+        [
+            f"{one['megabytes']:,} MB" if not i else "",
+            start,
+            f"{taken['processor_seconds']:.1f}",
+            f"{taken['most_memory_megabytes']:.0f}",
+        ]
+        for one in read("results/reading")["sizes"]
+        for i, (start, taken) in enumerate(one["starts"].items())
     ]
-    return markdown(["100 MB in 20 files", "processor seconds", "most memory, MB"], rows, "lrr")
+    return markdown(["text in 20 files", "start", "processor seconds", "most memory, MB"], rows, "llrr")
 
 
 def phase_starts() -> list[str]:
