@@ -117,3 +117,12 @@ def test_places_that_pages_name_are_there() -> None:
             )
             named += bool(name)
     assert named > 30
+
+
+def test_no_page_has_a_place_that_is_still_to_be_filled() -> None:
+    """A word in capitals after a sentence, as one writes where a number is to come; and no change is told twice."""
+    for page in [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]:
+        assert not re.findall(r"(?m)(?:^|[.:] )[A-Z]{4,}$", page.read_text("utf-8")), page.name
+    changes = (ROOT / "CHANGELOG.md").read_text("utf-8").splitlines()
+    begins = [line[:60] for line in changes if line.startswith("- ")]
+    assert sorted(set(begins)) == sorted(begins)
