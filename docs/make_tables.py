@@ -139,6 +139,14 @@ GOALS = [
     Goal("P12 4 to 64 experts, batch 32", "inference", "P12 4 to 64 experts, batch 32"),
     Goal("P17 a step at 16 generations, over 2", "years", "P17 a step, 16 generations over 2", gpu_goal="the same"),
     Goal("P17 a step at 64 generations, over 2", "years", "P17 a step, 64 generations over 2"),
+    Goal(
+        "P17 a step of the reference's size at 16 generations, over 2", "years",
+        "P17 a step of the reference's size, 16 generations over 2",
+    ),
+    Goal(
+        "P17 a step of the reference's size at 64 generations, over 2", "years",
+        "P17 a step of the reference's size, 64 generations over 2",
+    ),
     Goal("P17 a generated token at 64 generations, over 2", "years", "P17 a generated token, 64 generations over 2"),
     Goal(
         "P18 stage 17 of 20, all but training, over the fifth", "years", "P18 stage 17 over 5 of 20, all but training",
