@@ -1,21 +1,33 @@
-"""Write and remove directories that exist whole or not at all, whatever kills the process."""
+"""Write and remove directories that exist whole or not at all, whatever kills the process.
+
+Several processes may fill one: the one that commits it waits for the files of the others (:func:`write_file_for`,
+:func:`await_file`). They share its file system and nothing else.
+"""
 
 from __future__ import annotations
 
 import errno
+import os
+import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 from safetensors import SafetensorError
 
-from lifelong_moe.errors import ResourceError, disk_is_full
+from lifelong_moe.errors import ResourceError, TryAgainError, disk_is_full
 from lifelong_moe.storage.files import rename, sync
 from lifelong_moe.storage.keys import canonical_json, file_sha256
 from lifelong_moe.storage.modes import SHARED, folder_mode, make_folder
+from lifelong_moe.storage.plain import from_plain
+from lifelong_moe.storage.stored import read_stored
 from lifelong_moe.storage.temporary import temporary
 from lifelong_moe.storage.verified import MANIFEST, Entry
+
+POLL_SECONDS = 0.02
+"""Between two looks for a file of another process."""
 
 
 @contextmanager
@@ -66,13 +78,68 @@ def write_directory(
     Raises:
         ResourceError: If the disk is full; ``target`` is then untouched.
     """
+    with _explained_full_disk(target), new_directory(target) as work:
+        entries = {name: asdict(_entry(work / name, write(work / name))) for name, write in files.items()}
+        (work / MANIFEST).write_text(canonical_json({"files": entries}), encoding="utf-8")
+        # What another process has committed meanwhile stays, and so does its signature.
+        if sign is not None and not target.exists():
+            sign(work)
+
+
+def write_file_for(path: Path, write: Callable[[Path], Entry]) -> None:
+    """Write a file into a directory that another process commits, which waits for it (:func:`await_file`).
+
+    Does nothing if that process has given up: it says why.
+
+    Raises:
+        ResourceError: If the disk is full.
+    """
+    unread = path.with_name(f"{path.name}.unread")
+    with _explained_full_disk(path), suppress(FileNotFoundError):
+        entry = write(path)
+        sync(path)
+        # The note on the file comes last, and whole.
+        unread.write_text(canonical_json(asdict(entry)), encoding="utf-8")
+        os.rename(unread, _note(path))
+
+
+def await_file(path: Path, limit: float) -> Entry:
+    """Wait for a file of another process (:func:`write_file_for`).
+
+    Args:
+        path: In a directory that this process commits.
+        limit: Seconds after which the other one is given up if its file does not grow.
+
+    Raises:
+        TryAgainError: If it is given up.
+    """
+    seen, since = -1, time.monotonic()
+    while True:
+        size = path.stat().st_size if path.exists() else -1
+        with suppress(FileNotFoundError):
+            entry = read_stored(_note(path), partial(from_plain, Entry))
+            # On a network's file system the note may be visible before all of the file.
+            if size == entry.bytes:
+                _note(path).unlink()
+                return entry
+        if size != seen:
+            seen, since = size, time.monotonic()
+        if time.monotonic() - since > limit:
+            raise TryAgainError(
+                f"{path.name}, a part of a step checkpoint, was not written within {limit:.0f} s; nothing was "
+                f"committed; run the same command again to continue from the newest checkpoint."
+            )
+        time.sleep(POLL_SECONDS)
+
+
+def _note(path: Path) -> Path:
+    return path.with_name(f"{path.name}.json")
+
+
+@contextmanager
+def _explained_full_disk(target: Path) -> Iterator[None]:
     try:
-        with new_directory(target) as work:
-            entries = {name: asdict(_entry(work / name, write(work / name))) for name, write in files.items()}
-            (work / MANIFEST).write_text(canonical_json({"files": entries}), encoding="utf-8")
-            # What another process has committed meanwhile stays, and so does its signature.
-            if sign is not None and not target.exists():
-                sign(work)
+        yield
     # safetensors reports a full disk as an error of its own, without an error number.
     except (OSError, SafetensorError) as error:
         if disk_is_full(error):

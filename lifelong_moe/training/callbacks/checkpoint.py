@@ -1,4 +1,8 @@
-"""Step checkpoints as safetensors and JSON, committed like stages: whole or not at all."""
+"""Step checkpoints as safetensors and JSON, committed like stages: whole or not at all.
+
+Where each of several processes has a part of some tensors, it writes a file of its own with these parts, and the first
+process commits the files of all. Any number of processes reads them again.
+"""
 
 from __future__ import annotations
 
@@ -7,24 +11,29 @@ import logging
 import re
 import shutil
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any
 
-import torch
 from lightning.pytorch.plugins.io import CheckpointIO
 from torch import Tensor
 
 from lifelong_moe.errors import CorruptError
-from lifelong_moe.storage.directories import write_directory
+from lifelong_moe.storage.directories import await_file, write_directory, write_file_for
 from lifelong_moe.storage.files import rename
 from lifelong_moe.storage.stored import parse_json, read_json
 from lifelong_moe.storage.tensors import load_weights, write_hashed
-from lifelong_moe.storage.verified import verify_directory
+from lifelong_moe.storage.verified import Entry, VerifiedDirectory, verify_directory
+from lifelong_moe.training.callbacks.divided import parts_in, whole
+from lifelong_moe.training.callbacks.flattened import copied, flatten, restore
 
 log = logging.getLogger(__name__)
 TENSORS, STATE = "state.safetensors", "state.json"
+OTHERS = re.compile(r"rank-([0-9]{4,6})\.safetensors")
+"""Files of the processes after the first, whose parts are in :data:`TENSORS`; see :func:`rank_file`."""
 NAME = re.compile(r"step-([0-9]-)?[0-9]{8,12}")
 """Of a checkpoint's directory; see :func:`checkpoint_path`. In earlier versions the phase was not part of it."""
 PARTS = ("state_dict", "optimizer_states", "lr_schedulers", "loops", "callbacks", "global_step")
@@ -33,49 +42,6 @@ WRITER = "step checkpoint"
 """Name of the thread that writes one."""
 LAYOUT = 2
 """Layout of optimizer states; since 2 a generation's experts share one state a matrix."""
-
-
-def flatten(value: Any, tensors: dict[str, Tensor]) -> Any:
-    """Plain JSON data for a checkpoint; its tensors are moved to ``tensors``.
-
-    Dictionaries whose keys are not all strings become ``{"$items": [[key, value], …]}``, tuples ``{"$tuple": […]}``
-    and tensors ``{"$tensor": name}``.
-
-    Raises:
-        TypeError: If something is neither plain data nor a tensor, and so would need pickle.
-    """
-    if isinstance(value, Tensor):
-        # Copied once, wherever it is: training goes on and changes it while the copy is written.
-        name = f"t{len(tensors)}"
-        tensors[name] = value.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
-        return {"$tensor": name}
-    if isinstance(value, dict):
-        # AdamW's state has integers as keys, which JSON would make strings.
-        if all(isinstance(key, str) and not key.startswith("$") for key in value):
-            return {key: flatten(item, tensors) for key, item in value.items()}
-        return {"$items": [[flatten(k, tensors), flatten(v, tensors)] for k, v in value.items()]}
-    if isinstance(value, tuple):
-        return {"$tuple": [flatten(item, tensors) for item in value]}
-    if isinstance(value, list):
-        return [flatten(item, tensors) for item in value]
-    if value is None or isinstance(value, (bool, int, float, str)):
-        return value
-    raise TypeError(f"a checkpoint holds plain data and tensors only, not {type(value).__name__}")
-
-
-def restore(value: Any, tensors: dict[str, Tensor]) -> Any:
-    """The inverse of :func:`flatten`."""
-    if isinstance(value, dict):
-        if "$tensor" in value:
-            return tensors[value["$tensor"]]
-        if "$items" in value:
-            return {restore(k, tensors): restore(v, tensors) for k, v in value["$items"]}
-        if "$tuple" in value:
-            return tuple(restore(item, tensors) for item in value["$tuple"])
-        return {key: restore(item, tensors) for key, item in value.items()}
-    if isinstance(value, list):
-        return [restore(item, tensors) for item in value]
-    return value
 
 
 class SafeCheckpointIO(CheckpointIO):
@@ -89,11 +55,22 @@ class SafeCheckpointIO(CheckpointIO):
         self, path: Any, map_location: Any | None = None, weights_only: bool | None = None
     ) -> dict[str, Any]:
         """Verify and read a checkpoint; its tensors are on the CPU, from where Lightning moves them."""
+        checkpoint: dict[str, Any] = whole(self.load_parts(path))
+        return checkpoint
+
+    def load_parts(self, path: Any) -> dict[str, Any]:
+        """Verify a checkpoint and read it, but for the numbers of tensors.
+
+        Tensors that were divided among processes are instances of :class:`Divided`.
+
+        Raises:
+            CorruptError: If it is damaged, or no checkpoint.
+        """
         directory = Path(path)
         files = verify_directory(directory)
         state = parse_json(files.read(STATE), directory / STATE, finite=False)
         try:
-            checkpoint = restore(state, load_weights(files, TENSORS))
+            checkpoint = restore(state, _tensors(files))
             checkpoint.pop("layout", None)
             return {**checkpoint, **{name: checkpoint[name] for name in PARTS}}
         # A name that is no tensor's, a key that cannot be one, or something else than a mapping.
@@ -132,8 +109,43 @@ class BackgroundCheckpointIO(SafeCheckpointIO):
         if Path(path).parent != self.work:
             super().save_checkpoint(checkpoint, path, storage_options)
             return
+        self._begin(partial(_write, *_plain(checkpoint), Path(path)))
+
+    def save_parts(
+        self, checkpoint: dict[str, Any], path: Path, rank: int, limit: float, tell: Callable[[str], str]
+    ) -> None:
+        """The same in each of several processes, which have parts of some tensors.
+
+        Args:
+            checkpoint: All but the first process write their parts of it alone.
+            path: Where the first process commits all of them.
+            rank: Of this process.
+            limit: Seconds after which the first gives up another whose file does not grow.
+            tell: Returns, in each process, the text that the first has given it.
+
+        Raises:
+            ResourceError: If the disk was full for the one before.
+        """
+        self.finish()
+        parts = [*parts_in(checkpoint)]
+        if rank == 0:
+            others = sorted({held.rank for part in parts for held in part.layout.held} - {0})
+            folder = SimpleQueue[str]()
+            write = partial(_write_all, *_plain(checkpoint), path, partial(await_file, limit=limit), others, folder)
+            self._begin(write, keeps=path.parent != self.work)
+            tell(folder.get())
+        else:
+            own = {part.layout.name: copied(part.here) for part in parts if part.here is not None}
+            # Empty if it could not be made.
+            if (name := tell("")) and own:
+                file = path.parent / name / rank_file(rank)
+                self._begin(partial(write_file_for, file, partial(write_hashed, own)), keeps=True)
+        if path.parent != self.work:
+            self.finish()
+
+    def _begin(self, write: Callable[[], object], keeps: bool = False) -> None:
         # Not a daemon: the process waits for it at its end. SIGTERM stays blocked in it where it is in the process.
-        self._writer = threading.Thread(target=self._run, args=(*_plain(checkpoint), Path(path)), name=WRITER)
+        self._writer = threading.Thread(target=self._run, args=(write, keeps), name=WRITER)
         self._writer.start()
 
     def finish(self) -> None:
@@ -162,11 +174,11 @@ class BackgroundCheckpointIO(SafeCheckpointIO):
             raise
         self.finish()
 
-    def _run(self, tensors: dict[str, Tensor], text: str, path: Path) -> None:
+    def _run(self, write: Callable[[], object], keeps: bool) -> None:
         try:
-            _write(tensors, text, path)
+            write()
             # After the commit, so that there always is one.
-            for old in checkpoints(path.parent)[: -self.keep]:
+            for old in [] if keeps else checkpoints(self.work)[: -self.keep]:
                 self.remove_checkpoint(old)
         except BaseException as error:  # whatever it is, it is the training's to raise
             self._error = error
@@ -186,6 +198,47 @@ def _write(tensors: dict[str, Tensor], text: str, path: Path) -> None:
             STATE: lambda file: file.write_text(text, encoding="utf-8"),
         },
     )
+
+
+def _write_all(
+    tensors: dict[str, Tensor],
+    text: str,
+    path: Path,
+    await_other: Callable[[Path], Entry],
+    others: Sequence[int],
+    folder: SimpleQueue[str],
+) -> None:
+    """Write a checkpoint together with other processes.
+
+    Args:
+        tensors: Those of this process.
+        text: The rest.
+        path: Where it is committed.
+        await_other: Waits for the file of another process.
+        others: Ranks that write one.
+        folder: Takes the name of the folder to write in, beside ``path``; an empty one if it cannot be made.
+    """
+
+    def begin(file: Path) -> None:
+        file.write_text(text, encoding="utf-8")
+        folder.put(file.parent.name)
+
+    own = {STATE: begin, TENSORS: lambda file: write_hashed(tensors, file)}
+    try:
+        write_directory(path, {**own, **dict.fromkeys(map(rank_file, others), await_other)})
+    finally:
+        folder.put("")
+
+
+def _tensors(files: VerifiedDirectory) -> dict[int, dict[str, Tensor]]:
+    """By rank, the tensors that it has written."""
+    numbers = {name: int(found[1]) for name in files.manifest.files if (found := OTHERS.fullmatch(name))}
+    return {0: load_weights(files, TENSORS)} | {rank: load_weights(files, name) for name, rank in numbers.items()}
+
+
+def rank_file(rank: int) -> str:
+    """Name of the file of a process after the first."""
+    return f"rank-{rank:04d}.safetensors"
 
 
 def checkpoint_path(work: Path, phase: int, step: int) -> Path:

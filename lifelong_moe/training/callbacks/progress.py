@@ -251,6 +251,8 @@ class StepCheckpoint(Callback):
             self._saved = step
         if requested or ends_rank:
             self.finish()
+            # One that ends while another still writes would end it, too.
+            trainer.strategy.barrier()
         if requested:
             raise TryAgainError(
                 f"stopped after step {step}, which is checkpointed; run the same command again to continue."

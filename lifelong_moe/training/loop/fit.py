@@ -20,6 +20,7 @@ from lifelong_moe.plan.spec import StageSpec
 from lifelong_moe.retention.teacher_cache import TeacherCache
 from lifelong_moe.training.callbacks.checkpoint import BackgroundCheckpointIO, SafeCheckpointIO, checkpoint_path
 from lifelong_moe.training.callbacks.collapse import collapse_warning
+from lifelong_moe.training.callbacks.divided import whole
 from lifelong_moe.training.callbacks.interrupt import Interrupt
 from lifelong_moe.training.callbacks.logger import BatchedLogger
 from lifelong_moe.training.callbacks.progress import Meter, ProgressReport, StepCheckpoint
@@ -155,9 +156,10 @@ class PhaseFit:
             shutil.rmtree(folder, ignore_errors=True)
         if last is not None:
             raise NonfiniteStepsError(job.spec, job.phase, last)
-        result = SafeCheckpointIO().load_checkpoint(checkpoint_path(job.work, job.number, job.phase.steps))
+        # Without the moments, of which nobody needs the numbers any more.
+        result = SafeCheckpointIO().load_parts(checkpoint_path(job.work, job.number, job.phase.steps))
         module.on_load_checkpoint(result)
-        module.load_state_dict(result["state_dict"], strict=False)
+        module.load_state_dict(whole(result["state_dict"]), strict=False)
         self.meter.load_state_dict(result["callbacks"][self.meter.state_key])
 
     def _text(self) -> PhaseText:

@@ -18,7 +18,7 @@ from lifelong_moe.errors import ConfigError
 from lifelong_moe.training.callbacks.checkpoint import SafeCheckpointIO
 from lifelong_moe.training.callbacks.own import build_own
 from lifelong_moe.training.loop.device import rounds_products
-from lifelong_moe.training.ranks.gathering import ExpertParallelStrategy
+from lifelong_moe.training.ranks.parts import ExpertParallelStrategy
 from lifelong_moe.training.ranks.sharding import ShardedStrategy
 
 

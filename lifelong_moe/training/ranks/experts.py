@@ -1,7 +1,7 @@
 """Ranks that each hold a part of every layer's experts: expert parallelism, whatever becomes of the rest of the model.
 
 Text travels to experts and back (:func:`lifelong_moe.ops.collectives.parallel_experts`), so each rank has micro-batches
-of its own, as without. For step checkpoints rank 0 gathers the experts that train, tensor by tensor.
+of its own, as without. The first group writes step checkpoints, each rank the experts that it has.
 """
 
 from __future__ import annotations
@@ -9,14 +9,15 @@ from __future__ import annotations
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any
 
-import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from lifelong_moe.model.experts import ExpertBanks
 from lifelong_moe.model.transformer import LanguageModel
 from lifelong_moe.ops.collectives import ExpertPlacement
+from lifelong_moe.training.callbacks.divided import Divided, Held, Layout, Part
 from lifelong_moe.training.ranks import supervise
 
 
@@ -94,26 +95,39 @@ class ParallelExperts:
                 if self._replicas.size() > 1:
                     dist.all_reduce(parameter.grad, group=self._replicas)
 
-    def gathered(self, value: Tensor) -> Tensor:
-        """A tensor of all experts of a generation on rank 0, and an empty one elsewhere."""
+    def part(self, value: Tensor, name: str) -> Part:
+        """What this rank writes of a tensor of all experts of a generation.
+
+        Args:
+            value: That of its experts.
+            name: Under which it is written.
+        """
+        shape = (len(value) * self._ranks, *value.shape[1:])
+        held = tuple(Held(rank, rank, self._ranks) for rank in range(self._ranks))
         # The first group has all experts.
-        if self._rank >= self._ranks:
-            return value.new_empty(0)
-        parts = [torch.empty_like(value) for _ in range(self._ranks)] if self._rank == 0 else None
-        dist.gather(value, parts, dst=0, group=self._group)
-        return torch.stack(parts, dim=1).flatten(0, 1) if parts else value.new_empty(0)
+        return Part(Layout(name, shape, 0, held), value if self._rank < self._ranks else None)
 
-    def part(self, value: Tensor) -> Tensor:
-        """This rank's experts of those of a generation."""
-        return value[self._group.rank() :: self._ranks]
+    def own_part(self, value: Any, parameter: nn.Parameter) -> Tensor:
+        """This rank's experts of a stored tensor of those of a generation.
 
-    def state(self, frozen: AbstractSet[str]) -> dict[str, Tensor]:
-        """What is stored by name in the module's state dictionary, but for the frozen, on rank 0."""
-        found: dict[str, Tensor] = {}
+        Raises:
+            ValueError: If it is of another shape.
+        """
+        stored, shape = Divided.of(value), (len(parameter) * self._ranks, *parameter.shape[1:])
+        if stored.shape != shape:
+            raise ValueError(f"{stored.shape} in place of {shape}")
+        return stored.taken(0, range(self._group.rank(), shape[0], self._ranks))
+
+    def state(self, frozen: AbstractSet[str]) -> dict[str, Tensor | Part]:
+        """What is stored by name in the module's state dictionary, but for the frozen; each expert's is one rank's."""
+        found: dict[str, Tensor | Part] = {}
         for parameter, one in self.placed.items():
-            names = [f"model.{name}" for name in one.stored or [one.name]]
-            if frozen.isdisjoint(names):
-                whole = self.gathered(parameter.detach())
-                # Nothing elsewhere.
-                found |= zip(names, whole if one.stored else [whole], strict=False)
+            value = parameter.detach()
+            if not one.stored and f"model.{one.name}" not in frozen:
+                found[f"model.{one.name}"] = self.part(value, f"model.{one.name}")
+            for i, name in enumerate(f"model.{name}" for name in one.stored):
+                if name not in frozen:
+                    rank, shape = i % self._ranks, tuple(value.shape[1:])
+                    here = value[i // self._ranks] if self._rank == rank else None
+                    found[name] = Part(Layout(name, shape, 0, (Held(rank, 0),)), here)
         return found

@@ -1,7 +1,7 @@
 """Ranks that each hold a part of the model, its gradients and its optimizer state: FSDP2 as a Lightning strategy.
 
-Each block is gathered when it computes and let go afterwards. Step checkpoints are those of DDP: rank 0 gathers what
-trains, tensor by tensor, so that any number of processes, with or without shards, continues.
+Each block is gathered when it computes and let go afterwards. Each rank writes its part of a step checkpoint, and any
+number of processes, with or without shards, continues it.
 
 Experts are computed as in one process. ``grouped_mm`` copies the weights of several generations into one tensor, since
 those of shards are never laid side by side.
@@ -21,11 +21,12 @@ from torch import Tensor, nn
 from torch.autograd import Variable
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Shard
 
 from lifelong_moe.errors import ConfigError
 from lifelong_moe.model.transformer import LanguageModel
-from lifelong_moe.training.ranks.gathering import GatheringStrategy
+from lifelong_moe.training.callbacks.divided import Divided, Held, Layout, Part, whole
+from lifelong_moe.training.ranks.parts import PartsStrategy
 
 
 def shard_model(model: LanguageModel, mesh: DeviceMesh, but: AbstractSet[nn.Parameter] = frozenset()) -> None:
@@ -155,7 +156,7 @@ class UnusedParameters:
                 self._missing[place] = 1
 
 
-class ShardedStrategy(GatheringStrategy):
+class ShardedStrategy(PartsStrategy):
     """Lightning's DDP with a sharded model in place of DDP's wrapper; checkpoints pass through ``CheckpointIO``.
 
     Lightning's own ``ModelParallelStrategy`` writes and reads them with pickle.
@@ -183,17 +184,40 @@ class ShardedStrategy(GatheringStrategy):
         self._unused.end()
         super().post_backward(closure_loss)
 
-    def whole(self, value: Any) -> Any:
-        """A tensor that is whole on rank 0, and elsewhere empty if it is divided."""
+    def part(self, value: Any, name: str) -> Any:
+        """A tensor, or what this rank writes of it if it is divided."""
         if not isinstance(value, DTensor):
             return value
-        whole = value.full_tensor()
-        # One tensor at a time is whole on the others, which write nothing.
-        return whole if self.is_global_zero else whole.new_empty(0)
+        # Such as of a layer that did not grow: there is nothing to divide.
+        if not value.numel():
+            return value.to_local().new_empty(value.shape)
+        dim, held = _divided(value)
+        ranks = tuple(Held(rank, one.start) for rank, one in enumerate(held) if one)
+        here = value.to_local() if held[dist.get_rank()] else None
+        return Part(Layout(name, tuple(value.shape), dim, ranks), here)
 
-    def part(self, value: Tensor, parameter: nn.Parameter) -> Tensor:
-        """This rank's part of a tensor."""
+    def own_part(self, value: Any, parameter: nn.Parameter) -> Any:
+        """This rank's part of a stored tensor.
+
+        Raises:
+            ValueError: If it is of another shape.
+        """
         if not isinstance(parameter, DTensor):
-            return value
-        # All ranks have read the file: none has to send.
-        return distribute_tensor(value, parameter.device_mesh, parameter.placements, src_data_rank=None)
+            return whole(value)
+        stored = Divided.of(value)
+        if stored.shape != parameter.shape:
+            raise ValueError(f"{stored.shape} in place of {tuple(parameter.shape)}")
+        dim, held = _divided(parameter)
+        here = stored.taken(dim, held[dist.get_rank()]).to(parameter.device)
+        mesh, placements, stride = parameter.device_mesh, parameter.placements, parameter.stride()
+        return DTensor.from_local(here, mesh, placements, shape=parameter.shape, stride=stride)
+
+
+def _divided(tensor: DTensor) -> tuple[int, list[range]]:
+    """The dimension of it that is divided, and which indices of it each rank has."""
+    (placement,) = tensor.placements
+    assert isinstance(placement, Shard)
+    length, ranks = tensor.shape[placement.dim], tensor.device_mesh.size()
+    # As `torch.chunk` divides it, so that the last ranks may have less, or nothing.
+    most = -(-length // ranks)
+    return placement.dim, [range(min(rank * most, length), min((rank + 1) * most, length)) for rank in range(ranks)]
