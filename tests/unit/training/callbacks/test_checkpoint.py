@@ -22,16 +22,15 @@ from lifelong_moe.training.callbacks.checkpoint import (
     SafeCheckpointIO,
     checkpoint_path,
     checkpoints,
-    flatten,
     newest_checkpoint,
-    restore,
     set_earlier_aside,
 )
+from lifelong_moe.training.callbacks.flattened import flatten, restore
 
 
 def round_trip(value: Any) -> Any:
     tensors: dict[str, torch.Tensor] = {}
-    return restore(json.loads(json.dumps(flatten(value, tensors))), tensors)
+    return restore(json.loads(json.dumps(flatten(value, tensors))), {0: tensors})
 
 
 PLAIN: list[Any] = [
