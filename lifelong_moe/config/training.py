@@ -125,8 +125,8 @@ class TrainerConfig:
     strategy: str = "auto"
     """``auto``, ``ddp``, ``fsdp``, and so on; several processes train with one of these three. With ``ddp``, which
     ``auto`` chooses, each process holds the whole model. With ``fsdp`` each holds a part of its weights, gradients and
-    moments, and the whole of a block only while it computes; a teacher is whole in each, and step checkpoints are
-    gathered in the first. Stages and step checkpoints are those of ``ddp``: either continues the other's, with any
+    moments, and the whole of a block only while it computes; a teacher is whole in each, and each writes its
+    part of a step checkpoint. Stages are those of ``ddp``, and either continues the other's step checkpoints, with any
     number of processes."""
     expert_parallel: int = 1
     """Number of processes among which the experts of each layer are divided: each of them, in order, holds every n-th

@@ -321,6 +321,21 @@ def test_a_signal_checkpoints_all_ranks_at_the_same_step(
     assert hashes() == uninterrupted
 
 
+def test_a_rank_that_stops_does_not_end_one_that_still_writes(lab: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    original = checkpoint.write_hashed
+
+    def slowly(*args: Any) -> Any:
+        time.sleep(20 * supervise.GRACE_SECONDS)
+        return original(*args)
+
+    configure(("fruit",))
+    monkeypatch.setattr(supervise, "GRACE_SECONDS", 0.1)
+    monkeypatch.setattr(checkpoint, "write_hashed", slowly)
+    at(monkeypatch, 1, lambda: ask_to_stop(os.getppid()))
+    assert fork(train).wait() == TryAgainError.exit_code
+    assert list(Path("mlruns").glob("work/*/step-0-00000006/manifest.json"))
+
+
 def test_ranks_draw_numbers_of_their_own_and_go_on_with_them(lab: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     noisy = {"top_k": 1, "renormalize": False, "jitter": 0.3}
     write_config(tiny_config(("fruit",), routing=noisy, trainer={"devices": 2}))

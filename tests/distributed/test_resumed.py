@@ -11,7 +11,7 @@ import torch.distributed as dist
 
 from lifelong_moe.errors import TryAgainError
 from lifelong_moe.training.loop.module import StageModule
-from tests.tiny import CONTEXT, SEQUENCES, hashes, kill_self, tiny_config, train, write_config
+from tests.tiny import CONTEXT, SEQUENCES, hashes, kill_self, tiny_config, train, wait_for_checkpoint, write_config
 
 pytestmark = pytest.mark.usefixtures("forked")
 
@@ -41,6 +41,7 @@ def test_as_many_ranks_end_in_the_same_bits(
 
     def training_step(self: StageModule, batch: Any, batch_idx: int) -> Any:
         if (self.global_step, dist.get_rank()) == (EVERY + 1, 1):
+            wait_for_checkpoint(EVERY)
             kill_self()
         return original(self, batch, batch_idx)
 

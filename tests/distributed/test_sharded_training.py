@@ -30,7 +30,7 @@ from lifelong_moe.training.ranks.sharding import ShardedStrategy, UnusedParamete
 from tests.conftest import ROUTER_KINDS
 from tests.divided import MakeModel, MakeRun, second_stage, take_steps, take_steps_in_ranks
 from tests.forked import run_forked
-from tests.tiny import kill_self, tiny_config, train, write_config
+from tests.tiny import kill_self, tiny_config, train, wait_for_checkpoint, write_config
 
 pytestmark = [
     pytest.mark.usefixtures("forked"),
@@ -183,6 +183,7 @@ def test_a_stage_goes_on_with_other_numbers_of_processes(lab: Path, monkeypatch:
         gc.collect()
         assert whole and all(one() is None for one in whole)  # frozen ones may be the teacher's, too
         if (self.spec.name, self.global_step, dist.get_rank()) == ("code", 6, 1):
+            wait_for_checkpoint(4)
             kill_self()
         return original(self, batch, batch_idx)
 

@@ -116,12 +116,14 @@ class Saving:
     def __init__(self, work: Path, world: int = 1, *, every: int = 4, requested: bool = False) -> None:
         self.interrupt = Interrupt()
         self.interrupt.requested = requested
-        self.saved, self.flushed, self.waited = [], [], []
+        self.saved, self.flushed, self.waited = [], [], list[int | str]()
         self.callback = StepCheckpoint(work, 0, every, self.interrupt, lambda: self.waited.append(len(self.saved)))
         self.trainer: Any = SimpleNamespace(
             global_step=0, max_steps=10, world_size=world, accumulate_grad_batches=2, is_global_zero=True,
             loggers=[SimpleNamespace(save=lambda: self.flushed.append(len(self.saved)))], save_checkpoint=self._save,
-            strategy=SimpleNamespace(reduce_boolean_decision=lambda value, all: value),
+            strategy=SimpleNamespace(
+                reduce_boolean_decision=lambda value, all: value, barrier=lambda: self.waited.append("all")
+            ),
         )  # fmt: skip
 
     def _save(self, path: Path) -> None:
@@ -153,13 +155,13 @@ def test_the_end_is_saved_where_another_process_goes_on_from_it(tmp_path: Path) 
         for number in range(7, 11):
             saving.step(number)
     assert numbers(alone) == [8] and numbers(two) == [8, 10]
-    assert alone.waited == [] and two.waited == [2]
+    assert alone.waited == [] and two.waited == [2, "all"]
 
 
 def test_a_request_to_stop_is_heard_at_the_step_s_end_and_saves_once(tmp_path: Path) -> None:
     saving = Saving(tmp_path, requested=True)
     with pytest.raises(TryAgainError, match="after step 3, which is checkpointed"):
         saving.step(3)
-    assert numbers(saving) == [3] and saving.waited == [1]
+    assert numbers(saving) == [3] and saving.waited == [1, "all"]
     saving.callback.on_train_batch_end(saving.trainer, None, None, None, 5)  # type: ignore[arg-type]
     assert numbers(saving) == [3]
