@@ -184,9 +184,12 @@ def test_a_full_disk_is_said_by_the_process_that_has_it(tmp_path: Path, monkeypa
 
 def test_others_go_on_where_the_first_cannot_begin(tmp_path: Path) -> None:
     (tmp_path / "a file").touch()
-    processes = Processes(tmp_path)
-    processes.save(tmp_path / "a file" / "step-0-00000001", named())
-    assert processes.ios[1].finish() is None and processes.ios[2].finish() is None  # type: ignore[func-returns-value]
+    processes = Processes(tmp_path / "a file")
+    processes.save(checkpoint_path(tmp_path / "a file", 0, STEP), named())
+    for io in processes.ios[1:]:
+        io.finish()
+    with pytest.raises(OSError, match="a file"):
+        processes.ios[0].finish()
 
 
 def test_a_file_counts_once_it_has_all_its_bytes(tmp_path: Path) -> None:
