@@ -168,8 +168,16 @@ def test_each_router_has_the_mean_of_the_gradients_of_all_ranks(make_model: Make
     assert run_forked(2, work, tmp_path) == []
 
 
-def test_a_stage_goes_on_with_other_numbers_of_processes(lab: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    config = tiny_config(trainer={"devices": 2, "strategy": "fsdp"})
+@pytest.mark.parametrize(
+    ("parts", "ways"),
+    # As it began it ends in the same bits: test_resumed.py.
+    [(1, ((1, "auto"), (4, "fsdp"), (2, "ddp"))), (2, ((1, "auto"), (4, "fsdp")))],
+    ids=["shards", "and divided experts"],
+)
+def test_a_stage_goes_on_with_other_numbers_of_processes(
+    lab: Path, monkeypatch: pytest.MonkeyPatch, parts: int, ways: Sequence[tuple[int, str]]
+) -> None:
+    config = tiny_config(trainer={"devices": 2, "strategy": "fsdp", "expert_parallel": parts})
     config["evaluate"]["watch"] = 0.5
     config["stage_defaults"]["distill"] = {"weight": 1.0, "text": "new", "fraction": 0.5}
     write_config(config)
@@ -195,14 +203,15 @@ def test_a_stage_goes_on_with_other_numbers_of_processes(lab: Path, monkeypatch:
             train()
     shutil.copytree("mlruns", "stopped")
     found = []
-    for others in ((1, "auto"), (4, "fsdp"), (2, "ddp")):  # as it began it ends in the same bits: test_resumed.py
+    for number, strategy in ways:
         shutil.rmtree("mlruns")
         shutil.copytree("stopped", "mlruns")
-        _, printed = train("tiny.yaml", f"trainer.devices={others[0]}", f"trainer.strategy={others[1]}")
+        settings = f"trainer.devices={number}", f"trainer.strategy={strategy}", "trainer.expert_parallel=1"
+        _, printed = train("tiny.yaml", *settings)
         assert "code: continuing from step-0-00000004" in printed
         found.append(newest())
     shutil.rmtree("mlruns")
-    train("tiny.yaml", "trainer.devices=1")
+    train("tiny.yaml", "trainer.devices=1", "trainer.expert_parallel=1")
     expected = newest()
     for one in found:
         assert {name: (t.shape, t.dtype) for name, t in one.items()} == {
