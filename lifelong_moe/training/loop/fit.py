@@ -20,7 +20,6 @@ from lifelong_moe.plan.spec import StageSpec
 from lifelong_moe.retention.teacher_cache import TeacherCache
 from lifelong_moe.training.callbacks.checkpoint import BackgroundCheckpointIO, SafeCheckpointIO, checkpoint_path
 from lifelong_moe.training.callbacks.collapse import collapse_warning
-from lifelong_moe.training.callbacks.divided import whole
 from lifelong_moe.training.callbacks.interrupt import Interrupt
 from lifelong_moe.training.callbacks.logger import BatchedLogger
 from lifelong_moe.training.callbacks.progress import Meter, ProgressReport, StepCheckpoint
@@ -159,7 +158,7 @@ class PhaseFit:
         # Without the moments, of which nobody needs the numbers any more.
         result = SafeCheckpointIO().load_parts(checkpoint_path(job.work, job.number, job.phase.steps))
         module.on_load_checkpoint(result)
-        module.load_state_dict(whole(result["state_dict"]), strict=False)
+        module.load_weights(result["state_dict"])
         self.meter.load_state_dict(result["callbacks"][self.meter.state_key])
 
     def _text(self) -> PhaseText:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from itertools import chain
@@ -32,6 +32,7 @@ from lifelong_moe.retention.penalty import WeightAnchor
 from lifelong_moe.retention.teacher import shared_blocks
 from lifelong_moe.retention.teacher_cache import TeacherCache
 from lifelong_moe.routing.base import LayersLoss, Routing
+from lifelong_moe.training.callbacks.divided import whole
 from lifelong_moe.training.loop.guard import StepGuard, Verdict
 from lifelong_moe.training.loop.handover import PhaseModels
 from lifelong_moe.training.loop.means import StepMeans
@@ -310,6 +311,16 @@ class StageModule(LightningModule):
         checkpoint["guard"] = self.guard.state_dict()
         checkpoint["random_states"] = random_states(self.device)
         checkpoint["assignments_before"] = self.assignments_before
+
+    def load_weights(self, stored: Mapping[str, Any]) -> None:
+        """Load weights of a step checkpoint, which may be in parts."""
+        rest = {**stored}
+        # Block by block: the weights of no more than one are in memory twice.
+        for i, block in enumerate(self.model.blocks):
+            prefix = f"model.blocks.{i}."
+            own = {name.removeprefix(prefix): rest.pop(name) for name in [*rest] if name.startswith(prefix)}
+            block.load_state_dict(whole(own), strict=False)
+        self.load_state_dict(whole(rest), strict=False)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Check that the checkpoint holds exactly the trainable tensors, then restore guard and random state."""

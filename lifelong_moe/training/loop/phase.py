@@ -18,7 +18,6 @@ from lifelong_moe.plan.flops import loop_flops
 from lifelong_moe.plan.spec import StageSpec
 from lifelong_moe.retention.teacher_cache import TeacherCache
 from lifelong_moe.training.callbacks.checkpoint import SafeCheckpointIO
-from lifelong_moe.training.callbacks.divided import whole
 from lifelong_moe.training.callbacks.looks import stage_looks
 from lifelong_moe.training.callbacks.progress import Meter
 from lifelong_moe.training.callbacks.resuming import Resumption
@@ -99,7 +98,7 @@ def _restore_or_seed(module: StageModule, run: PhaseRun) -> None:
         run.stage.environment.console.print(f"{spec.name}: continuing from {run.resume.name}")
         # Lightning loads it again in fit, with optimizer and loop. Centroids are needed earlier, to make the data.
         with Resumption(run.resume).blamed():
-            module.load_state_dict(whole(SafeCheckpointIO().load_parts(run.resume)["state_dict"]), strict=False)
+            module.load_weights(SafeCheckpointIO().load_parts(run.resume)["state_dict"])
     else:
         # Of noise, jitter and dropout. Every phase seeds anew, so that it does not depend on the draws before it.
         torch.manual_seed(run.seed)

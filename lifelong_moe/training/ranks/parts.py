@@ -103,7 +103,8 @@ class PartsStrategy(DDPStrategy):
 
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
         """Load weights into the model, which is whole until it is divided."""
-        super().load_model_state_dict({"state_dict": whole(checkpoint["state_dict"])}, strict)
+        module: Any = self.lightning_module
+        module.load_weights(checkpoint["state_dict"])
 
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
         """Give each rank its part of stored states."""
