@@ -28,7 +28,7 @@ from lifelong_moe.storage.stored import parse_json, read_json
 from lifelong_moe.storage.tensors import load_weights, write_hashed
 from lifelong_moe.storage.verified import Entry, VerifiedDirectory, verify_directory
 from lifelong_moe.training.callbacks.divided import parts_in, whole
-from lifelong_moe.training.callbacks.flattened import copied, flatten, restore
+from lifelong_moe.training.callbacks.flattened import Content, copied, flatten, restore
 
 log = logging.getLogger(__name__)
 TENSORS, STATE = "state.safetensors", "state.json"
@@ -47,18 +47,16 @@ LAYOUT = 2
 class SafeCheckpointIO(CheckpointIO):
     """Lightning's checkpoints as directories of safetensors and JSON with a manifest, without pickle."""
 
-    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
+    def save_checkpoint(self, checkpoint: Content, path: Any, storage_options: Any | None = None) -> None:
         """Commit a checkpoint to the directory ``path``."""
         _write(*_plain(checkpoint), Path(path))
 
-    def load_checkpoint(
-        self, path: Any, map_location: Any | None = None, weights_only: bool | None = None
-    ) -> dict[str, Any]:
+    def load_checkpoint(self, path: Any, map_location: Any | None = None, weights_only: bool | None = None) -> Content:
         """Verify and read a checkpoint; its tensors are on the CPU, from where Lightning moves them."""
-        checkpoint: dict[str, Any] = whole(self.load_parts(path))
+        checkpoint: Content = whole(self.load_parts(path))
         return checkpoint
 
-    def load_parts(self, path: Any) -> dict[str, Any]:
+    def load_parts(self, path: Any) -> Content:
         """Verify a checkpoint and read it, but for the numbers of tensors.
 
         Tensors that were divided among processes are instances of :class:`Divided`.
@@ -99,7 +97,7 @@ class BackgroundCheckpointIO(SafeCheckpointIO):
         self._writer: threading.Thread | None = None
         self._error: BaseException | None = None
 
-    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
+    def save_checkpoint(self, checkpoint: Content, path: Any, storage_options: Any | None = None) -> None:
         """Copy a checkpoint, and begin to write it once the one before is written.
 
         Raises:
@@ -111,9 +109,7 @@ class BackgroundCheckpointIO(SafeCheckpointIO):
             return
         self._begin(partial(_write, *_plain(checkpoint), Path(path)))
 
-    def save_parts(
-        self, checkpoint: dict[str, Any], path: Path, rank: int, limit: float, tell: Callable[[str], str]
-    ) -> None:
+    def save_parts(self, checkpoint: Content, path: Path, rank: int, limit: float, tell: Callable[[str], str]) -> None:
         """The same in each of several processes, which have parts of some tensors.
 
         Args:
@@ -184,7 +180,7 @@ class BackgroundCheckpointIO(SafeCheckpointIO):
             self._error = error
 
 
-def _plain(checkpoint: dict[str, Any]) -> tuple[dict[str, Tensor], str]:
+def _plain(checkpoint: Content) -> tuple[dict[str, Tensor], str]:
     """Copies of a checkpoint's tensors, and the rest of it as JSON."""
     tensors: dict[str, Tensor] = {}
     return tensors, json.dumps({"layout": LAYOUT, **flatten(checkpoint, tensors)})

@@ -12,6 +12,9 @@ from torch import Tensor
 from lifelong_moe.storage.plain import from_plain
 from lifelong_moe.training.callbacks.divided import Layout, Part, put_together
 
+Content = dict[str, Any]
+"""Of a checkpoint, as Lightning gives and takes it."""
+
 
 def flatten(value: Any, tensors: dict[str, Tensor]) -> Any:
     """Plain JSON data for a checkpoint; its tensors are moved to ``tensors``.

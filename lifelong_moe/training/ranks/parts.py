@@ -18,6 +18,7 @@ from torch.optim import Optimizer
 
 from lifelong_moe.training.callbacks.checkpoint import BackgroundCheckpointIO, SafeCheckpointIO
 from lifelong_moe.training.callbacks.divided import Divided, Part, whole
+from lifelong_moe.training.callbacks.flattened import Content
 from lifelong_moe.training.ranks import supervise
 from lifelong_moe.training.ranks.experts import ParallelExperts
 
@@ -92,12 +93,12 @@ class PartsStrategy(DDPStrategy):
         state: Any = super().optimizer_state(optimizer)
         return {**state, "state": _each(state["state"], optimizer, self._part)}
 
-    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any | None = None) -> None:
+    def save_checkpoint(self, checkpoint: Content, filepath: Any, storage_options: Any | None = None) -> None:
         """Let each rank begin to write its parts."""
         writer, limit = cast(BackgroundCheckpointIO, self.checkpoint_io), supervise.TIMEOUT_SECONDS
         writer.save_parts(checkpoint, Path(filepath), self.global_rank, limit, _told)
 
-    def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
+    def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> Content:
         """Read a checkpoint, but no number of what is in parts: no rank needs all of the moments."""
         return cast(SafeCheckpointIO, self.checkpoint_io).load_parts(checkpoint_path)
 
