@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 import sqlite3
 import time
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -165,15 +166,25 @@ def _create(path: Path, root: Path) -> None:
     from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
     from sqlalchemy import Engine, event
 
-    def unsynced(connection: Any, _: object) -> None:
-        # Some hundred transactions would each wait for the disk, for a file that is nobody's before it is whole.
-        for pragma in ("synchronous = OFF", "journal_mode = MEMORY"):
-            connection.execute(f"PRAGMA {pragma}").close()
-
     with new_file(path) as work:
+
+        def unsynced(connection: Any, _: object) -> None:
+            # Some hundred transactions would each wait for the disk, for a file that is nobody's before it is whole.
+            # All engines of the process are listened to: another thread may connect to a database of its own.
+            if isinstance(connection, sqlite3.Connection) and _is_of(connection, work):
+                for pragma in ("synchronous = OFF", "journal_mode = MEMORY"):
+                    connection.execute(f"PRAGMA {pragma}").close()
+
         event.listen(Engine, "connect", unsynced)
         try:
             store = SqlAlchemyStore(f"sqlite:///{work.absolute()}", str(root.absolute() / "artifacts"))
         finally:
             event.remove(Engine, "connect", unsynced)
         store.engine.dispose()  # Closes the file before it is renamed.
+
+
+def _is_of(connection: sqlite3.Connection, path: Path) -> bool:
+    """Whether a connection is to the database of a file."""
+    with closing(connection.execute("PRAGMA database_list")) as found:
+        name = found.fetchone()[2]
+    return bool(name) and path.exists() and path.samefile(name)

@@ -121,6 +121,26 @@ def test_only_its_making_does_not_wait_for_the_disk(monkeypatch: pytest.MonkeyPa
     assert synchronous(mlflow_utils.create_sqlalchemy_engine(f"sqlite:///{ROOT.absolute()}/mlflow.db")) == 2
 
 
+def test_what_connects_elsewhere_meanwhile_waits_for_the_disk(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another thread of the process may have a database of its own, of any kind."""
+    import mlflow.store.db.utils as mlflow_utils
+    from sqlalchemy import create_engine, text
+
+    found, upgrade = list[Any](), mlflow_utils._upgrade_db
+
+    def connecting(engine: Any) -> None:
+        for place in ("elsewhere.db", ":memory:"):
+            other = create_engine(f"sqlite:///{place}")
+            with other.connect() as connection:
+                found.append(connection.execute(text("PRAGMA synchronous")).scalar())
+            other.dispose()
+        upgrade(engine)
+
+    monkeypatch.setattr(mlflow_utils, "_upgrade_db", connecting)
+    assert record("a") is None
+    assert found == [2, 2]
+
+
 def test_an_empty_file_is_no_database() -> None:
     ROOT.mkdir()
     (ROOT / "mlflow.db").touch()  # SQLite leaves one where it was opened and nothing was written
