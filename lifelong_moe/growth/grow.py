@@ -8,6 +8,7 @@ Legend: D model width, E experts.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import closing
 from functools import partial
 
 import numpy as np
@@ -177,10 +178,11 @@ def _observed(
     layers = [*enumerate(model.moe_layers())] if config.router == RouterInit.centroid else []
     wanted = [i for i, layer in layers if layer.router.row_generations() and generation.experts_in(i)]
     counts, centroids = list[Tensor](), dict[int, NDArray[np.float32]]()
-    for i, seen in enumerate(observe(model, sample, wanted)):
-        counts.append(seen.counts_E)
-        if seen.inputs_ND is not None:
-            centroids[i] = spherical_kmeans(seen.inputs_ND.numpy(), generation.experts_in(i), seed=seed)
+    with closing(observe(model, sample, wanted)) as layers:
+        for i, seen in enumerate(layers):
+            counts.append(seen.counts_E)
+            if seen.inputs_ND is not None:
+                centroids[i] = spherical_kmeans(seen.inputs_ND.numpy(), generation.experts_in(i), seed=seed)
     return counts, centroids
 
 
