@@ -178,8 +178,8 @@ def _observed(
     layers = [*enumerate(model.moe_layers())] if config.router == RouterInit.centroid else []
     wanted = [i for i, layer in layers if layer.router.row_generations() and generation.experts_in(i)]
     counts, centroids = list[Tensor](), dict[int, NDArray[np.float32]]()
-    with closing(observe(model, sample, wanted)) as layers:
-        for i, seen in enumerate(layers):
+    with closing(observe(model, sample, wanted)) as observations:
+        for i, seen in enumerate(observations):
             counts.append(seen.counts_E)
             if seen.inputs_ND is not None:
                 centroids[i] = spherical_kmeans(seen.inputs_ND.numpy(), generation.experts_in(i), seed=seed)
