@@ -68,7 +68,7 @@ def gain_check(gain: Bounds, after: DocumentLosses, config: GateConfig) -> Check
     """Check that the gain on the new distribution is at least ``gate.min_gain`` with confidence."""
     passed = gain.lower >= config.min_gain
     sentence = (
-        f"New text gains {gain.mean:.4f} nats per token, with confidence at least {gain.lower:.4f}; "
+        f"New text gains {gain.mean:z.4f} nats per token, with confidence at least {gain.lower:z.4f}; "
         f"{'enough' if passed else 'not enough'}: gate.min_gain={config.min_gain}."
     )
     if math.isinf(gain.lower):
@@ -118,8 +118,8 @@ def worst_member_check(pool: Pool, against: Comparison, name: str, lost: Bounds)
         value=lost.lower,
         limit=limit,
         passed=passed,
-        sentence=f"Of {', '.join(pool)}: {name} loses most clearly, {lost.mean:.4f} nats per token, with confidence at "
-        f"least {lost.lower:.4f}; {'not shown to be' if passed else 'shown to be'} more than {limit:g}.",
+        sentence=f"Of {', '.join(pool)}: {name} loses most clearly, {lost.mean:z.4f} nats per token, with confidence "
+        f"at least {lost.lower:z.4f}; {'not shown to be' if passed else 'shown to be'} more than {limit:g}.",
     )
 
 
@@ -133,7 +133,7 @@ def borrower_check(small: Pool, against: Comparison, after: DocumentLosses, othe
         value=mean,
         limit=limit,
         passed=passed,
-        sentence=f"{names}, of too few sources for bounds, loses {mean:.4f} nats per token as measured; "
+        sentence=f"{names}, of too few sources for bounds, loses {mean:z.4f} nats per token as measured; "
         f"{'within' if passed else 'more than'} {limit:g}.",
     )
 
@@ -141,14 +141,15 @@ def borrower_check(small: Pool, against: Comparison, after: DocumentLosses, othe
 def _change(lost: float, members: int) -> str:
     """What is lost or gained; nobody reads a loss below 0 as a gain at first sight."""
     lose, gain = ("loses", "gains") if members == 1 else ("together lose", "together gain")
-    return f"{gain} {-lost:.4f}" if lost < 0 else f"{lose} {lost:.4f}"
+    # By what is shown: the sign of a rounding error differs between processors.
+    return f"{gain} {-lost:.4f}" if round(lost, 4) < 0 else f"{lose} {lost:z.4f}"
 
 
 def _bound(lost: Bounds) -> str:
     """The upper bound of a loss; beside a gain, that it is one of the loss."""
-    if lost.upper < 0:
+    if round(lost.upper, 4) < 0:
         return f"a gain of at least {-lost.upper:.4f}"
-    return f"a loss of at most {lost.upper:.4f}" if lost.mean < 0 else f"at most {lost.upper:.4f}"
+    return f"a loss of at most {lost.upper:z.4f}" if round(lost.mean, 4) < 0 else f"at most {lost.upper:z.4f}"
 
 
 def _name(pool: Pool) -> str:

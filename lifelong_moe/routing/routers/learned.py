@@ -79,7 +79,7 @@ class LearnedRouter(LinearRouter):
             logits_TE = self.logits(self._jittered(x_TD.float()), context.present)
             if allowed_TE is not None:
                 logits_TE = logits_TE.masked_fill(~allowed_TE, -math.inf)
-            scores_TE = logits_TE.softmax(dim=-1) if config.score == Score.softmax else logits_TE.sigmoid()
+            scores_TE = self._scores(logits_TE, allowed_TE)
             ranks_TE = self._ranks(logits_TE, scores_TE)
             expert_ids_TK = ranks_TE.topk(min(config.top_k, self.num_available), dim=-1).indices
             weights_TK = self._weights(logits_TE, scores_TE, expert_ids_TK)
@@ -115,6 +115,19 @@ class LearnedRouter(LinearRouter):
             return x_TD
         # The router's input alone; experts see the hidden state as it is (Switch).
         return x_TD * torch.empty_like(x_TD).uniform_(1 - jitter, 1 + jitter)
+
+    def _scores(self, logits_TE: Tensor, allowed_TE: Tensor | None) -> Tensor:
+        """Sigmoids, or the softmax over the experts that a token may choose; those that it may not have 0."""
+        if self.config.score == Score.sigmoid:
+            return logits_TE.sigmoid()
+        # Renormalized weights are made of logits, so the last bit of a score is no matter.
+        if allowed_TE is None or self.config.renormalize:
+            return logits_TE.softmax(dim=-1)
+        # A softmax each generation: among more columns, though they add 0, a sum may round differently.
+        # A number in place of -inf: the softmax of nothing but -inf is not a number, nor is its gradient.
+        finite_TE = logits_TE.where(allowed_TE, 0)
+        parts = [part_TE.softmax(dim=-1) for part_TE in finite_TE.split(self.available, dim=-1)]
+        return torch.cat(parts, dim=-1).where(allowed_TE, 0)
 
     def _ranks(self, logits_TE: Tensor, scores_TE: Tensor) -> Tensor:
         """What the k largest are taken of."""

@@ -454,6 +454,15 @@ def test_small_distributions_are_tested_together() -> None:
     ]
 
 
+@pytest.mark.parametrize("rounding", [1e-9, 0.0, -1e-9])
+def test_what_is_shown_as_0_is_neither_a_gain_nor_less_than_0(rounding: float) -> None:
+    """The sign of a rounding error differs between processors."""
+    before, after = {"wiki": level(1.0), "a": few(1.0, 3)}, {"wiki": level(1.0 + rounding), "a": few(1.0 + rounding, 3)}
+    sentences = [check.sentence for check in judge_derived(after=after, before=before, config=CONFIG, seed=0).checks]
+    assert "loses 0.0000 nats per token against the version before, with confidence at most 0.0000;" in sentences[0]
+    assert not any(" gain" in one or "-0.0000" in one for one in sentences)
+
+
 def test_what_borrows_the_sources_of_a_large_one_does_not_vanish_in_it() -> None:
     """A distribution of three scattered sources loses 0.03: not shown by three, and nothing in the mean of sixty."""
     rng = np.random.default_rng(0)
