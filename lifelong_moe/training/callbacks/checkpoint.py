@@ -22,7 +22,7 @@ from lightning.pytorch.plugins.io import CheckpointIO
 from torch import Tensor
 
 from lifelong_moe.errors import CorruptError
-from lifelong_moe.storage.directories import await_file, write_directory, write_file_for
+from lifelong_moe.storage.directories import await_file, remove_directory, write_directory, write_file_for
 from lifelong_moe.storage.files import rename
 from lifelong_moe.storage.stored import parse_json, read_json
 from lifelong_moe.storage.tensors import load_weights, write_hashed
@@ -262,24 +262,36 @@ def set_earlier_aside(work: Path, warn: Callable[[str], None] = log.warning) -> 
             continue  # damaged: newest_checkpoint reports it
         layout = state.get("layout") if isinstance(state, dict) else None
         if layout != LAYOUT:
-            # Not removed: the weights in it may be worth hours of training.
-            rename(path, work / f"earlier-{path.name}")
+            _set_aside(path, "earlier")
             warn(f"{path} is of an earlier version with another optimizer layout; renamed, and the stage begins again")
 
 
 def newest_checkpoint(work: Path, warn: Callable[[str], None] = log.warning) -> tuple[int, Path] | None:
-    """The newest intact checkpoint and its phase; damaged ones are reported and passed over.
+    """The newest intact checkpoint and its phase; damaged ones after it are reported and renamed.
 
     Raises:
         CorruptError: If there are checkpoints and all are damaged; only the user can decide to begin again.
     """
-    found = checkpoints(work)
+    found, damaged = checkpoints(work), list[Path]()
     for path in reversed(found):
         try:
             verify_directory(path)
-            return int(path.name.split("-")[1]), path
         except CorruptError as error:
             warn(f"step checkpoint passed over: {error}")
+            damaged.append(path)
+            continue
+        # Training comes to their steps again, and a commit leaves what has its name already.
+        for one in damaged:
+            _set_aside(one, "damaged")
+        return int(path.name.split("-")[1]), path
     if found:
         raise CorruptError(f"{work}: none of its {len(found)} step checkpoints verifies; remove it to begin again.")
     return None
+
+
+def _set_aside(path: Path, why: str) -> None:
+    # Not removed: the weights in it may be worth hours of training. One aside of the same step gives way.
+    aside = path.with_name(f"{why}-{path.name}")
+    if aside.exists():
+        remove_directory(aside)
+    rename(path, aside)

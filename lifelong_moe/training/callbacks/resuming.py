@@ -16,6 +16,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from lifelong_moe.errors import CorruptError, memory_is_full, one_line
 from lifelong_moe.training.callbacks.checkpoint import step_of
+from lifelong_moe.training.callbacks.lost import peer_is_lost
 
 _MISFITS = (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 _COUNTS = ("ready", "started", "processed", "completed")
@@ -43,7 +44,7 @@ class Resumption(Callback):
         try:
             yield
         except _MISFITS as error:
-            if self._has_stepped or memory_is_full(error):
+            if self._has_stepped or memory_is_full(error) or peer_is_lost(error):
                 raise
             raise self._misfit(f"{type(error).__name__}: {error}") from error
 

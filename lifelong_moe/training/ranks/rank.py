@@ -31,12 +31,10 @@ from torch.multiprocessing import _prctl_pr_set_pdeathsig  # type: ignore[attr-d
 
 from lifelong_moe.errors import LifelongError
 from lifelong_moe.training.callbacks.interrupt import PendingInterrupt
+from lifelong_moe.training.callbacks.lost import peer_is_lost
 from lifelong_moe.training.callbacks.points import Row
 from lifelong_moe.training.ranks.surroundings import Surroundings
 
-# Gloo's errors are plain RuntimeErrors: only their messages tell them from a bug of ours.
-PEER_LOST = ("gloo/transport/", "Application timeout caused pair closure")
-"""Parts of the messages of Gloo's errors after another rank has gone."""
 MEETING = "meeting"
 """File in the folder of the work through which the ranks find each other."""
 
@@ -78,8 +76,7 @@ def run_rank(orders: Orders) -> None:
     except LifelongError as error:
         outcome = {"error": type(error).__name__, "message": str(error)}
     except BaseException as error:
-        lost = isinstance(error, dist.DistError) or any(words in str(error) for words in PEER_LOST)
-        outcome = {"lost": str(error)} if lost else {"bug": traceback.format_exc()}
+        outcome = {"lost": str(error)} if peer_is_lost(error) else {"bug": traceback.format_exc()}
     pipe.tell(outcome)
 
 

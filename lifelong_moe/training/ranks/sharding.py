@@ -184,6 +184,15 @@ class ShardedStrategy(PartsStrategy):
         self._unused.end()
         super().post_backward(closure_loss)
 
+    def teardown(self) -> None:
+        """End, but leave the model where it is: the process ends, too."""
+        # FSDP cannot move weights that are gathered, as where a step has failed, and its error would hide the step's.
+        module, self._lightning_module = self._lightning_module, None
+        try:
+            super().teardown()
+        finally:
+            self._lightning_module = module
+
     def part(self, value: Any, name: str) -> Any:
         """A tensor, or what this rank writes of it if it is divided."""
         if not isinstance(value, DTensor):

@@ -136,8 +136,14 @@ def test_the_newest_whole_checkpoint_is_taken(tmp_path: Path) -> None:
     said: list[str] = []
     assert newest_checkpoint(tmp_path, said.append) == (0, checkpoint_path(tmp_path, 0, 10))
     assert len(said) == 1 and "step-1-00000002" in said[0]
+    # It is kept, and its name is free: a commit leaves what has its name already.
     with pytest.raises(CorruptError):
-        io.load_checkpoint(checkpoint_path(tmp_path, 1, 2))
+        io.load_checkpoint(tmp_path / "damaged-step-1-00000002")
+    for _ in range(2):
+        io.save_checkpoint({**dict.fromkeys(PARTS, 0), "w": torch.ones(2)}, checkpoint_path(tmp_path, 1, 2))
+        assert newest_checkpoint(tmp_path) == (1, checkpoint_path(tmp_path, 1, 2))
+        (checkpoint_path(tmp_path, 1, 2) / "state.json").unlink()
+        assert newest_checkpoint(tmp_path, said.append) == (0, checkpoint_path(tmp_path, 0, 10))
 
 
 def test_only_damaged_ones_are_for_a_person_to_decide(tmp_path: Path) -> None:
