@@ -63,8 +63,10 @@ def read_run(config: str, overrides: Sequence[str]) -> LoadedConfig:
 
 
 def read_retraining(config: str, overrides: Sequence[str]) -> Retraining:
-    """Read a retraining file, with its base as the run was begun."""
-    return as_begun(
+    """Read a retraining file, with its base as the run was begun; its stages are for one machine to train."""
+    found = as_begun(
         lambda is_literal: load_retraining(config, overrides, is_literal=is_literal),
         lambda found: begun(build_config(found.base, is_stored=True)),
     )
+    build_config(found.base, is_stored=True).trainer.require_one_machine()
+    return found

@@ -230,6 +230,18 @@ class TrainerConfig:
         if self.compile:
             raise ConfigError(f"{key} does not support trainer.compile=true. Set it to false.")
 
+    def require_one_machine(self) -> None:
+        """Require that training takes one machine, in a command that takes no more.
+
+        Raises:
+            ConfigError: If it takes several.
+        """
+        if self.num_nodes > 1:
+            raise ConfigError(
+                f"trainer.num_nodes={self.num_nodes}: only `lifelong-moe run`, started on each machine by torchrun or "
+                f"srun, trains on several; see docs/scheduling.md."
+            )
+
     @property
     def is_divided(self) -> bool:
         """Whether no process can compute alone while a stage trains, since each holds a part of the model."""

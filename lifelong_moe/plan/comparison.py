@@ -202,6 +202,7 @@ def _check(comparison: Comparison) -> None:
     for arm in comparison.arms:
         try:
             configs[arm.name] = comparison.configure(comparison.overrides(arm, settings.seeds[0])).config
+            configs[arm.name].trainer.require_one_machine()
             require_memory(configs[arm.name])
         except ConfigError as error:
             raise ConfigError(f"arm {arm.name}: {error}") from None

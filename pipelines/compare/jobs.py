@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+from lifelong_moe.config.run import RunConfig
 from lifelong_moe.data.tokens.prepare import PreparedData
 from lifelong_moe.errors import ConfigError
 from lifelong_moe.plan.budget import tokens_within
@@ -56,11 +57,18 @@ def plan_jobs(comparison: Comparison, memory: Memory) -> list[Job]:
     """
     # The first seed stands for all in these checks: seeds change neither data nor cost.
     seed = comparison.settings.seeds[0]
-    first = {arm.name: _prepare(comparison, arm, comparison.overrides(arm, seed), memory) for arm in comparison.arms}
-    for arm in comparison.arms:
-        # A device that this machine lacks is refused before hours of training on the other arms.
+    # A device that this machine lacks is refused before text is read, and so before hours of training on other arms.
+    begins = [arm for arm in comparison.arms if not _is_finished(comparison, arm)]
+    for arm in begins:
         with _in_arm(arm):
-            _require_trainer(first[arm.name])
+            _require_trainer(comparison.configure(comparison.overrides(arm, seed)).config)
+    first = {arm.name: _prepare(comparison, arm, comparison.overrides(arm, seed), memory) for arm in comparison.arms}
+    store = StageStore(ROOT)
+    for arm in comparison.arms:
+        # Other text makes other stages of an arm that was finished.
+        if arm not in begins and any(store.find(planned.key) is None for planned in first[arm.name].plan):
+            with _in_arm(arm):
+                _require_trainer(first[arm.name].config)
     require_equal_measures({name: _measures(first[name]) for name in [comparison.reference, *first]})
     tokens = {arm.name: _token_overrides(comparison, arm, first) for arm in comparison.arms}
     jobs = []
@@ -72,13 +80,16 @@ def plan_jobs(comparison: Comparison, memory: Memory) -> list[Job]:
     return jobs
 
 
-def _require_trainer(prepared: Prepared) -> None:
-    """Require a trainer that this machine has, where something is to be trained."""
-    store = StageStore(ROOT)
-    if any(store.find(planned.key) is None for planned in prepared.plan):
-        from lifelong_moe.training.loop.device import require_trainer  # imports torch
+def _is_finished(comparison: Comparison, arm: Arm) -> bool:
+    """Whether an arm's runs are: it may need no torch."""
+    heads = [RunRecord(ROOT, comparison.run_name(arm, seed)).head() for seed in comparison.settings.seeds]
+    return all(head is not None and head.is_finished for head in heads)
 
-        require_trainer(prepared.config.trainer)
+
+def _require_trainer(config: RunConfig) -> None:
+    from lifelong_moe.training.loop.device import require_trainer  # imports torch
+
+    require_trainer(config.trainer)
 
 
 def _measures(prepared: Prepared) -> dict[str, str]:

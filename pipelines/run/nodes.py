@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 
 from rich.console import Console
 
 from lifelong_moe.config.training import TrainerConfig
+from lifelong_moe.errors import ConfigError
 from lifelong_moe.training.callbacks.interrupt import handling_signals
 from lifelong_moe.training.callbacks.late import importing_lightning
 from lifelong_moe.training.ranks.surroundings import Surroundings
@@ -21,11 +23,19 @@ def on_nodes(trainer: TrainerConfig, command: Callable[[], None], console: Conso
         console: Where people read.
 
     Raises:
-        ConfigError: If there should be several, and no launcher has started one process on each.
+        ConfigError: If there should be several, and no launcher has started one process on each; or one, and torchrun
+            has started several.
         SystemExit: On every other machine, when the command has ended, with its exit code.
         TryAgainError: On every other machine, if the first is gone.
     """
     if trainer.num_nodes == 1:
+        # As users of Lightning start several processes; SLURM's tasks may be for something else.
+        started = os.environ.get("WORLD_SIZE", "1")
+        if "TORCHELASTIC_RUN_ID" in os.environ and started != "1":
+            raise ConfigError(
+                f"trainer.num_nodes=1: torchrun has started {started} processes. Start the command once, which starts "
+                f"the processes of trainer.devices itself; or one on each machine, with trainer.num_nodes."
+            )
         command()
         return
     with importing_lightning():

@@ -215,10 +215,29 @@ def test_retraining_and_runs_refuse_the_same_way(command: str, lab: Path, cli: C
         assert "fruit.pkl" in refused(cli, lab, "run", "tiny.yaml", "distributions.fruit.files=fruit.pkl")
 
 
-@pytest.mark.parametrize("setting", ["accelerator=tpu", "strategy=xla", "profiler=xla"])
-def test_what_this_machine_cannot_do(setting: str, lab: Path, cli: Cli) -> None:
+@pytest.mark.parametrize("setting", ["accelerator=tpu", "strategy=xla", "profiler=xla", "num_nodes=2"])
+@pytest.mark.parametrize("command", ["run", "compare"])
+def test_what_this_machine_cannot_do(command: str, setting: str, lab: Path, cli: Cli) -> None:
     write_config(tiny_config())
-    assert "trainer" in refused(cli, lab, "run", "tiny.yaml", f"trainer.{setting}")
+    Path("compare.yaml").write_text("compare: c\nbase: tiny.yaml\nseeds: [0]\narms: {a: []}\n")
+    files = {"run": "tiny.yaml", "compare": "compare.yaml"}
+    assert "trainer" in refused(cli, lab, command, files[command], f"trainer.{setting}")
+
+
+def test_a_tick_takes_one_machine(lab: Path, cli: Cli) -> None:
+    write_config(base_config())
+    Path("retrain.yaml").write_text(yaml.safe_dump(RETRAIN))
+    for arguments in ((), ("--dry-run",)):
+        assert "only `lifelong-moe run`" in refused(
+            cli, lab, "retrain", "retrain.yaml", "trainer.num_nodes=2", *arguments
+        )
+
+
+def test_torchrun_starts_one_process_a_machine(lab: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_config(tiny_config())
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    assert "torchrun has started 4 processes" in refused(cli, lab, "run", "tiny.yaml", "trainer.devices=4")
 
 
 @pytest.mark.parametrize("place", ["mlruns", "data"])

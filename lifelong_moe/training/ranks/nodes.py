@@ -171,10 +171,7 @@ def joined(trainer: TrainerConfig) -> Nodes | None:
     if trainer.num_nodes == 1:
         return None
     if not _joined:
-        raise ConfigError(
-            f"trainer.num_nodes={trainer.num_nodes}: only `lifelong-moe run`, started on each machine by torchrun or "
-            f"srun, trains on several; see docs/scheduling.md."
-        )
+        trainer.require_one_machine()
     return _joined[0]
 
 
