@@ -1,18 +1,21 @@
-"""Make temporary folders for half-written files, and remove those that killed processes left."""
+"""Make temporary folders for half-written files, remove those that killed processes left, and make unnamed files."""
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import re
 import secrets
 import shutil
 import socket
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import IO
 
-from lifelong_moe.storage.modes import SHARED, folder_mode
+from lifelong_moe.storage.modes import SHARED, folder_mode, make_folder
 
 GRACE_SECONDS = 24 * 3600.0
 """Grace period: nothing younger than a day is collected."""
@@ -52,6 +55,17 @@ def temporary(parent: Path, mode: int = SHARED) -> Iterator[Path]:
     finally:
         shutil.rmtree(path, ignore_errors=True)
         os.close(descriptor)
+
+
+def unnamed_file(folder: Path) -> IO[bytes] | None:
+    """A file to write and read in that goes when it is closed, or with the process; None where none may be written."""
+    try:
+        make_folder(folder)
+        return tempfile.TemporaryFile(dir=folder)
+    except OSError as error:
+        if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
+            raise
+        return None
 
 
 def remove_temporary(root: Path) -> int:

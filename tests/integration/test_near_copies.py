@@ -134,7 +134,9 @@ def test_a_run_of_an_earlier_version_goes_on(tmp_path: Path, monkeypatch: pytest
     write_config(base_config(stage_defaults={"tokens": 512}))
     write_retraining()
     with monkeypatch.context() as patch:
-        patch.setattr(lifelong_moe.data.tokens.texts, "without_near_copies", lambda corpora, others: dict(corpora))
+        patch.setattr(
+            lifelong_moe.data.tokens.texts, "without_near_copies", lambda corpora, others, folder: dict(corpora)
+        )
         train()
     first = StageStore(Path("mlruns")).get(head()["stages"][0])
     assert first.data == first.split

@@ -13,6 +13,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,7 +22,7 @@ from numpy.typing import NDArray
 from lifelong_moe.data.formats.progress import told
 from lifelong_moe.data.text.documents import Corpus, Document, documents_hash
 from lifelong_moe.data.text.known import opened, summary_of
-from lifelong_moe.data.text.runs import LEAST, LEAST_OWN, LEAST_SHARED, Hits, Table, begins_of, distinct
+from lifelong_moe.data.text.runs import LEAST, LEAST_OWN, LEAST_SHARED, Column, Hits, Table, begins_of, distinct
 from lifelong_moe.data.text.split import documents_sha256
 from lifelong_moe.data.text.spool import SpooledDocuments, chosen, source_number, source_numbers
 from lifelong_moe.errors import DataError
@@ -62,13 +64,22 @@ class _Sources:
     """Counts from how many sources each run of a table comes.
 
     A run and a source are one number, in order; they lie in ranges of runs, so that little is copied at a time.
+
+    Args:
+        table: Runs whose sources are counted.
+        counts_R: Documents of the table whose sources count, too.
+        folder: See :class:`Column`.
     """
 
-    def __init__(self, table: Table) -> None:
-        self._table, self._bits = table, np.uint64(len(table).bit_length())
-        self._common_W = np.zeros(len(table), dtype=bool)
-        self._ranges = [np.zeros(0, dtype=np.uint64)] * RANGES
+    def __init__(self, table: Table, counts_R: NDArray[np.bool_], folder: Path | None = None) -> None:
+        self._table, self._counts_R, self._folder = table, counts_R, folder
+        # Ranges are told by the first four.
+        self._bits = np.uint64(max(4, len(table).bit_length()))
+        self._ranges: list[NDArray[np.uint64]] = [np.zeros(0, dtype=np.uint64)] * RANGES
         self._new, self._num_new = list[NDArray[np.uint64]](), 0
+        self.common_W = np.zeros(len(table), dtype=bool)
+        """Runs that are known to be common so far ``(W,)``: no pair of documents is sought by them."""
+        self.common_W = self.common()
 
     def _paired(self, runs: NDArray[np.int32], sources: NDArray[np.uint64]) -> NDArray[np.uint64]:
         # A run, and as much of its source's hash as there is place for beside it: 40 bits and more of a million runs.
@@ -82,7 +93,7 @@ class _Sources:
     def add(self, hits: Hits, source_D: NDArray[np.uint64]) -> None:
         """Count the sources of some documents' runs."""
         # Of a run that is common already no source counts any more.
-        new = ~self._common_W[hits.run_H]
+        new = ~self.common_W[hits.run_H]
         self._new.append(distinct(self._paired(hits.run_H[new], source_D[hits.document_H[new]])))
         self._num_new += len(self._new[-1])
         # Rarely, since all are put in order again.
@@ -96,25 +107,28 @@ class _Sources:
             pairs = distinct(np.concatenate([self._ranges[number], part]))
             runs, numbers = self._counted(pairs)
             is_common = numbers > COMMON_SOURCES
-            self._common_W[runs[is_common]] = True
-            self._ranges[number] = pairs[np.repeat(~is_common, numbers)]
+            self.common_W[runs[is_common]] = True
+            column = Column(np.uint64, self._folder)
+            column.extend(pairs[np.repeat(~is_common, numbers)])
+            self._ranges[number] = column.array()
 
-    def common(self, which_R: NDArray[np.bool_]) -> NDArray[np.bool_]:
-        """Runs that more than :data:`COMMON_SOURCES` sources have, some documents of the table among them ``(W,)``."""
+    def common(self) -> NDArray[np.bool_]:
+        """Runs that more than :data:`COMMON_SOURCES` sources have ``(W,)``, of all documents that were added."""
         self._merge()
-        common_W, numbers_W = self._common_W.copy(), self._table.documents_of(which_R)
-        for pairs in self._ranges:
+        common_W = self.common_W.copy()
+        for number, pairs in enumerate(self._ranges):
+            begin, end = (min(i << max(0, int(self._bits) - 4), len(common_W)) for i in (number, number + 1))
             runs, numbers = self._counted(pairs)
-            numbers_W[runs] += numbers.astype(np.int32)
-        # Only of these can there be enough sources, which are counted once each.
-        is_asked_W = (numbers_W > COMMON_SOURCES) & ~common_W
-        asked = np.flatnonzero(is_asked_W).astype(np.int32)
-        which, owner = self._table.owners(asked)
-        counts = which_R[owner]
-        held = _in_ranges(self._paired(asked[which[counts]], self._table.source_R[owner[counts]]))
-        for pairs, more in zip(self._ranges, held, strict=True):
-            runs, numbers = self._counted(pairs)
-            runs, numbers = self._counted(distinct(np.concatenate([pairs[np.repeat(is_asked_W[runs], numbers)], more])))
+            most = self._table.documents_of(self._counts_R, begin, end)
+            most[runs - begin] += numbers.astype(np.int32)
+            # Only of these can there be enough sources, which are counted once each.
+            is_asked = (most > COMMON_SOURCES) & ~common_W[begin:end]
+            asked = (np.flatnonzero(is_asked) + begin).astype(np.int32)
+            which, owner = self._table.owners(asked)
+            counts = self._counts_R[owner]
+            held = self._paired(asked[which[counts]], self._table.source_R[owner[counts]])
+            old = pairs[np.repeat(is_asked[runs - begin], numbers)]
+            runs, numbers = self._counted(distinct(np.concatenate([old, held])))
             common_W[runs[numbers > COMMON_SOURCES]] = True
         return common_W
 
@@ -145,14 +159,14 @@ def near_copies(documents: Sequence[Document], known: Iterable[Document], *, may
     if not documents:
         return []
     table = Table(documents)
-    sources, is_known_W, held = _Sources(table), np.zeros(len(table), dtype=bool), list[Hits]()
+    everybody = np.ones(len(documents), dtype=bool)
+    sources, is_known_W, held = _Sources(table, everybody), np.zeros(len(table), dtype=bool), list[Hits]()
     for _, part in _parts(enumerate(known)):
-        hits = Hits.of(part, table)
+        hits = Hits.of(part, table, sources.common_W)
         sources.add(hits, np.array([source_number(document) for document in part], np.uint64))
         is_known_W[hits.run_H] = True
         held.append(hits.chosen(hits.size_D > 0))
-    everybody = np.ones(len(documents), dtype=bool)
-    common_W = sources.common(everybody)
+    common_W = sources.common()
     new = _Sizes(table.size_R, table.size_R - table.count(common_W))
     is_copy = new.mostly_shared(table.count(is_known_W))
     for hits in held:
@@ -169,7 +183,9 @@ def _own(hits: Hits, common_W: NDArray[np.bool_]) -> _Sizes:
 
 
 def without_near_copies(
-    corpora: Mapping[str, Corpus], others: Mapping[str, Sequence[Document]] | None = None
+    corpora: Mapping[str, Corpus],
+    others: Mapping[str, Sequence[Document]] | None = None,
+    folder: Path | None = None,
 ) -> dict[str, Corpus]:
     """Leave out of each training text what is a near copy of any distribution's held-out text.
 
@@ -179,13 +195,14 @@ def without_near_copies(
     Args:
         corpora: As split, or as this returned them; held-out text is not changed.
         others: Held-out documents of further distributions, whose training text does not matter.
+        folder: Where files are made of what there is much of; None keeps all in memory.
 
     Raises:
         DataError: If no training text is left.
     """
     parts = {name: corpus.heldout for name, corpus in corpora.items()} | dict(others or {})
     owner = np.repeat(list(parts), [len(documents) for documents in parts.values()])
-    table = Table(document for documents in parts.values() for document in documents)
+    table = Table(chain.from_iterable(parts.values()), folder)
     found = {}
     for name, corpus in corpora.items():
         # From the split on, so that calling this again with more held-out text gives the same as one call.
@@ -193,7 +210,8 @@ def without_near_copies(
         # Documents of a spool are in order of hash already, and need not be held.
         if corpus.near_copies or not isinstance(train, SpooledDocuments):
             train = sorted([*corpus.train, *corpus.near_copies], key=lambda document: document.hash)
-        copies = _copies(train, table, owner == name)
+        # Common runs are those of this distribution alone: another one must not make held-out text "common".
+        copies = _copies(train, table, _Sources(table, owner == name, folder))
         if copies.all():
             raise DataError(
                 f"distributions.{name}: all {len(train)} training documents are near copies of held-out text; let "
@@ -212,21 +230,20 @@ def _hash(documents: Sequence[Document]) -> str:
     return documents_sha256(documents) if isinstance(documents, SpooledDocuments) else documents_hash(documents)
 
 
-def _copies(train: Sequence[Document], table: Table, is_here_R: NDArray[np.bool_]) -> NDArray[np.bool_]:
-    """Which training documents are near copies of a table's; ``is_here_R`` are the table's of the same distribution."""
-    source_D, sources, is_held = source_numbers(train), _Sources(table), True
+def _copies(train: Sequence[Document], table: Table, sources: _Sources) -> NDArray[np.bool_]:
+    """Which training documents are near copies of a table's; ``sources`` counts those of their own distribution."""
+    source_D, is_held = source_numbers(train), True
     maybe = list[tuple[NDArray[np.int64], Hits]]()
-    for places, hits in _looked_up(train, table):
+    for places, hits in _looked_up(train, table, sources):
         sources.add(hits, source_D[places])
-        maybe.append((places, _possible(hits, table)))
+        maybe.append((places, _possible(hits, table, sources.common_W)))
         is_held = is_held and sum(len(one.run_H) for _, one in maybe) <= MOST_HITS
         if not is_held:
             maybe.clear()
-    # Common runs are those of this distribution alone: another one must not make held-out text "common".
-    common_W = sources.common(is_here_R)
+    common_W = sources.common()
     held = _Sizes(table.size_R, table.size_R - table.count(common_W))
     copies = np.zeros(len(train), dtype=bool)
-    for places, hits in maybe if is_held else _looked_up(train, table):
+    for places, hits in maybe if is_held else _looked_up(train, table, sources):
         new, (of_new, of_held, shared) = _own(hits, common_W), hits.chosen_runs(~common_W).shared(table)
         is_copy = new.mostly_shared(np.bincount(hits.document_H, minlength=len(hits.size_D)))
         is_copy[of_new[new.reached(of_new, shared) | held.reached(of_held, shared)]] = True
@@ -234,20 +251,20 @@ def _copies(train: Sequence[Document], table: Table, is_here_R: NDArray[np.bool_
     return copies
 
 
-def _looked_up(train: Sequence[Document], table: Table) -> Iterator[tuple[NDArray[np.int64], Hits]]:
+def _looked_up(train: Sequence[Document], table: Table, sources: _Sources) -> Iterator[tuple[NDArray[np.int64], Hits]]:
     """Runs of training documents that a table has, with the places of the documents, in order of reading."""
     each = train.as_read() if isinstance(train, SpooledDocuments) else enumerate(train)
     size = summary_of(train).bytes
     for places, part in _parts(told(each, "looking for near copies", size, lambda one: one[1].num_bytes)):
-        yield np.array(places), Hits.of(part, table)
+        yield np.array(places), Hits.of(part, table, sources.common_W)
 
 
-def _possible(hits: Hits, table: Table) -> Hits:
-    """Hits of documents that may be near copies, whatever runs turn out to be common."""
+def _possible(hits: Hits, table: Table, common_W: NDArray[np.bool_]) -> Hits:
+    """Hits of documents that may be near copies, whatever runs turn out to be common beside those that are known to."""
     shared_D = np.bincount(hits.document_H, minlength=len(hits.size_D))
     # Without almost all of its runs in the table a document keeps enough of its own.
-    is_possible = (shared_D >= LEAST_SHARED) & (shared_D > (1 - LEAST_OWN) * hits.size_D - 1)
-    of_new, of_held, shared = hits.shared(table)
+    is_possible = (hits.size_D > 0) & (shared_D >= LEAST_SHARED) & (shared_D > (1 - LEAST_OWN) * hits.size_D - 1)
+    of_new, of_held, shared = hits.chosen_runs(~common_W).shared(table)
     # Fewer runs than these are not half of any tenth.
     least = SHARE * LEAST_OWN * np.minimum(hits.size_D[of_new], table.size_R[of_held]) - 1
     is_possible[of_new[shared >= least]] = True

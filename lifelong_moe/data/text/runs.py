@@ -1,7 +1,8 @@
 """Runs of letters, and which documents have which of them, in compact arrays of numbers.
 
 A table holds the distinct runs of some documents. Others are looked up in it many documents at a time: every run is
-hashed in place, and a filter of bits tells of most that the table does not have them.
+hashed in place, and a filter of bits tells of most that the table does not have them. What there is much of lies in
+files without names, which the system maps into memory as far as there is place.
 
 Legend: D documents, R documents of the table, W its distinct runs, H runs found in documents, N all of some letters.
 """
@@ -11,12 +12,15 @@ from __future__ import annotations
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import DTypeLike, NDArray
 
 from lifelong_moe.data.text.documents import SHORT_TEXT, Document, letters
 from lifelong_moe.data.text.spool import source_number
+from lifelong_moe.storage.temporary import unnamed_file
 
 NGRAM = 16
 """Letters of a run, a power of 2: three or four words. A word that was changed costs about 20 runs."""
@@ -36,6 +40,12 @@ _AT_ONCE = 1 << 16
 """Letters hashed together: what is computed of them stays in a processor's cache."""
 _BUCKETS = 16
 """Parts of a table, by the first bits of a hash, which are sorted one after the other."""
+_MOST_BYTES = 4 << 20
+"""Of a column that are held in memory."""
+_OWNED = np.dtype([("run", "u8"), ("document", "i4")])
+"""A run, and the document that has it."""
+_COUNTED = 1 << 22
+"""Runs of a table that are counted at once."""
 
 
 def ngrams(text: str) -> NDArray[np.uint64]:
@@ -90,54 +100,99 @@ def begins_of(ordered: NDArray[np.integer]) -> NDArray[np.int64]:
     return np.append(np.flatnonzero(_is_first(ordered)), len(ordered))
 
 
+class Column:
+    """Numbers, one after the other: in memory while they are few, else in a file without a name.
+
+    Args:
+        dtype: Of each.
+        folder: Where the file is made; None, or a folder that cannot be written to, keeps all in memory.
+    """
+
+    def __init__(self, dtype: DTypeLike, folder: Path | None) -> None:
+        self._dtype, self._folder, self._buffer = np.dtype(dtype), folder, bytearray()
+        self._file: IO[bytes] | None = None
+
+    def extend(self, numbers: NDArray[Any]) -> None:
+        """Add numbers at the end."""
+        self._buffer += numbers.tobytes()
+        if len(self._buffer) > _MOST_BYTES and self._folder is not None:
+            self._file = self._file or unnamed_file(self._folder)
+            if self._file is None:
+                self._folder = None
+                return
+            self._file.write(self._buffer)
+            self._buffer.clear()
+
+    def array(self) -> NDArray[Any]:
+        """All of them ``(n,)``, mapped where they are in a file. Afterwards nothing can be added."""
+        if self._file is None:
+            return np.frombuffer(self._buffer, self._dtype)
+        # The map keeps what is in the file, which has no name and goes with it.
+        with self._file as file:
+            file.write(self._buffer)
+            file.flush()
+            self._buffer.clear()
+            return np.memmap(file, self._dtype, "r")
+
+
 class Table:
     """The distinct runs of some documents, sorted, and who has which: 12 bytes a run, and more where two have it.
 
     Args:
         documents: They are read once, and not held.
+        folder: See :class:`Column`.
     """
 
-    def __init__(self, documents: Iterable[Document]) -> None:
+    def __init__(self, documents: Iterable[Document], folder: Path | None = None) -> None:
         sizes, sources = array("q"), array("Q")
-        hashes, owners = ([array(code) for _ in range(_BUCKETS)] for code in "Qi")
+        buckets = [Column(_OWNED, folder) for _ in range(_BUCKETS)]
         shift = np.uint64(64 - _BUCKETS.bit_length() + 1)
         for number, document in enumerate(documents):
             runs = ngrams(document.text)
+            owned = np.empty(len(runs), _OWNED)
+            owned["run"], owned["document"] = runs, number
             ends = np.searchsorted(runs >> shift, np.arange(_BUCKETS, dtype=np.uint64), side="right").tolist()
-            for bucket, (begin, end) in enumerate(zip([0, *ends], ends, strict=False)):
-                hashes[bucket].frombytes(runs[begin:end].tobytes())
-                owners[bucket].frombytes(np.full(end - begin, number, np.int32).tobytes())
+            for bucket, begin, end in zip(buckets, [0, *ends], ends, strict=False):
+                bucket.extend(owned[begin:end])
             sizes.append(len(runs))
             sources.append(source_number(document))
         self.size_R = np.array(sizes, np.int64)
         """Runs of each document."""
         self.source_R = np.array(sources, np.uint64)
         """A hash of each document's source, of 64 bits."""
-        most, number = sum(map(len, hashes)), 0
-        # Memory that is not written to is not taken, and each bucket is given back before the next is sorted.
-        self.runs_W = np.empty(most, np.uint64)
-        self._first_W = np.empty(most, np.int32)
-        """The first document that has a run; further ones are told by the two that follow, in order of run."""
-        again: list[tuple[NDArray[np.int32], NDArray[np.int32]]] = []
-        for bucket in range(_BUCKETS):
-            runs, owner = np.array(hashes[bucket], np.uint64), np.array(owners[bucket], np.int32)
-            hashes[bucket], owners[bucket] = array("Q"), array("i")
+        columns: list[Column] = [Column(dtype, folder) for dtype in (np.uint64, np.int32, np.int32, np.int32)]
+        number = 0
+        while buckets:
+            owned = buckets.pop(0).array()
+            runs = np.array(owned["run"])
             order = np.argsort(runs, kind="stable")
-            runs, owner = runs[order], owner[order]
+            runs, owner = runs[order], owned["document"][order]
             is_first = _is_first(runs)
             places = (np.cumsum(is_first) - 1 + number).astype(np.int32)
-            end = number + int(is_first.sum())
-            self.runs_W[number:end], self._first_W[number:end] = runs[is_first], owner[is_first]
-            again.append((places[~is_first], owner[~is_first]))
-            number = end
-        self.runs_W, self._first_W = self.runs_W[:number], self._first_W[:number]
-        self._again_run, self._again_document = (np.concatenate(column) for column in zip(*again, strict=True))
+            number += int(is_first.sum())
+            found: list[NDArray[Any]] = [runs[is_first], owner[is_first], places[~is_first], owner[~is_first]]
+            for column, numbers in zip(columns, found, strict=True):
+                column.extend(numbers)
+        # The first document that has a run; further ones are told by the two that follow, in order of run.
+        self.runs_W, self._first_W, self._again_run, self._again_document = (column.array() for column in columns)
+        self._index()
+
+    def _index(self) -> None:
+        """Make what runs are found by."""
+        number = len(self)
         bits = min(max((16 * number).bit_length(), FILTER_BITS[0]), FILTER_BITS[1])
         self._low = np.uint64((1 << bits) - 1)
         self._filter = np.zeros(1 << (bits - 3), dtype=np.uint8)
+        # Where the runs of the same first bits begin: hashes are spread evenly, so these are few.
+        high = max(1, number.bit_length() - 4)
+        self._high, counts = np.uint64(64 - high), np.zeros((1 << high) + 1, np.int32)
         for part in np.array_split(self.runs_W, 1 + number // _AT_ONCE):
             low = (part & self._low).astype(np.int64)
             np.bitwise_or.at(self._filter, low >> 3, np.left_shift(1, low & 7).astype(np.uint8))
+            begins = begins_of(firsts := (part >> self._high).astype(np.int64))
+            counts[firsts[begins[:-1]] + 1] += np.diff(begins).astype(np.int32)
+        self._steps = int(counts.max()).bit_length()
+        self._begins = np.cumsum(counts, dtype=np.int32)
 
     def __len__(self) -> int:
         return len(self.runs_W)
@@ -152,11 +207,21 @@ class Table:
         # Equal parts of the table are read together when what is sought is in order.
         order = np.argsort(sought)
         which, sought = which[order], sought[order]
-        found = np.searchsorted(self.runs_W, sought)
-        # `searchsorted` puts what exceeds all runs one past the end; the next line compares and drops it.
-        found[found == len(self.runs_W)] = 0
-        is_there = self.runs_W[found] == sought if len(self.runs_W) else np.zeros(len(found), dtype=bool)
+        found = self._searched(sought)
+        # What exceeds all runs is one past the end; the next line compares and drops it.
+        found[found == len(self)] = 0
+        is_there = self.runs_W[found] == sought if len(self) else np.zeros(len(found), dtype=bool)
         return which[is_there], found[is_there]
+
+    def _searched(self, sought: NDArray[np.uint64]) -> NDArray[np.int64]:
+        """What ``np.searchsorted`` finds, without most of its steps, each of which reads another place of memory."""
+        first = (sought >> self._high).astype(np.int64)
+        begins, ends = self._begins[first].astype(np.int64), self._begins[first + 1].astype(np.int64)
+        for _ in range(self._steps):
+            middles = (begins + ends) >> 1
+            is_after = (begins < ends) & (self.runs_W[np.minimum(middles, len(self) - 1)] < sought)
+            begins, ends = np.where(is_after, middles + 1, begins), np.where(is_after, ends, middles)
+        return begins
 
     def owners(self, run_H: NDArray[np.int32]) -> tuple[NDArray[np.int64], NDArray[np.int32]]:
         """Documents that have some runs: which of the runs, and which document."""
@@ -171,16 +236,23 @@ class Table:
 
     def count(self, is_counted_W: NDArray[np.bool_]) -> NDArray[np.int64]:
         """How many of the runs that a mask says each document has ``(R,)``."""
-        number = len(self.size_R)
-        first = np.bincount(self._first_W[is_counted_W], minlength=number)
-        return first + np.bincount(self._again_document[is_counted_W[self._again_run]], minlength=number)
+        counts = np.zeros(len(self.size_R), np.int64)
+        for begin in range(0, len(self), _COUNTED):
+            part = slice(begin, begin + _COUNTED)
+            counts += np.bincount(self._first_W[part][is_counted_W[part]], minlength=len(counts))
+        for begin in range(0, len(self._again_run), _COUNTED):
+            part = slice(begin, begin + _COUNTED)
+            is_counted = is_counted_W[self._again_run[part]]
+            counts += np.bincount(self._again_document[part][is_counted], minlength=len(counts))
+        return counts
 
-    def documents_of(self, which_R: NDArray[np.bool_]) -> NDArray[np.int32]:
-        """By how many of some documents each run is had ``(W,)``."""
-        numbers = which_R[self._first_W].astype(np.int32)
-        runs = self._again_run[which_R[self._again_document]]
+    def documents_of(self, which_R: NDArray[np.bool_], begin: int, end: int) -> NDArray[np.int32]:
+        """By how many of some documents each run of a range is had ``(end - begin,)``."""
+        numbers = which_R[self._first_W[begin:end]].astype(np.int32)
+        again = slice(*np.searchsorted(self._again_run, [begin, end]))
+        runs = self._again_run[again][which_R[self._again_document[again]]]
         begins = begins_of(runs)
-        numbers[runs[begins[:-1]]] += np.diff(begins).astype(np.int32)
+        numbers[runs[begins[:-1]] - begin] += np.diff(begins).astype(np.int32)
         return numbers
 
 
@@ -196,8 +268,14 @@ class Hits:
     """Distinct runs of each document, others than the table's too; 0 of one that can be a near copy of nothing."""
 
     @classmethod
-    def of(cls, documents: Sequence[Document], table: Table) -> Hits:
-        """Look up every run of some documents."""
+    def of(cls, documents: Sequence[Document], table: Table, common_W: NDArray[np.bool_]) -> Hits:
+        """Look up every run of some documents.
+
+        Args:
+            documents: A few.
+            table: Where they are sought.
+            common_W: Runs of the table by which nothing is a near copy ``(W,)``, which many documents may have.
+        """
         keys, number, judged = [np.zeros(0, np.uint64)], 0, list[int]()
         for texts in _batches(letters(document.text) for document in documents):
             found, mostly = _looked_up(texts, table)
@@ -208,7 +286,7 @@ class Hits:
         numbers = (key_H >> np.uint64(32)).astype(np.int64), (key_H & np.uint64(0xFFFFFFFF)).astype(np.int32)
         hits = cls(*numbers, np.zeros(number, np.int64))
         # To count all runs of a document takes as long as to look them up, and hardly one need be judged.
-        for i in {*judged, *hits.shared(table)[0].tolist()}:
+        for i in {*judged, *hits.chosen_runs(~common_W).shared(table)[0].tolist()}:
             hits.size_D[i] = len(ngrams(documents[i].text))
         return hits
 

@@ -102,7 +102,7 @@ def _left(
         return {name: _as_left(corpus, known[name], forgetting) for name, corpus in there.items()}, None
     # Before near copies are dropped: an equal document in two places is a mistake, a near copy is not.
     _require_disjoint(heldout, trained)
-    left = without_near_copies(there, kept)
+    left = without_near_copies(there, kept, cache)
     left = {name: replace(corpus, files=settled(corpus)) for name, corpus in left.items()}
     if not left or not all(made_of.values()):
         return left, None

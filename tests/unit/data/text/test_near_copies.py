@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import random
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 import pytest
@@ -15,7 +19,7 @@ from lifelong_moe.data.text import near_copies as module
 from lifelong_moe.data.text import runs
 from lifelong_moe.data.text.documents import Corpus, Document, documents_hash, letters
 from lifelong_moe.data.text.near_copies import near_copies, without_near_copies
-from lifelong_moe.data.text.runs import FILTER_BITS, Table, ngrams
+from lifelong_moe.data.text.runs import FILTER_BITS, Column, Table, ngrams
 from lifelong_moe.data.text.split import build_corpus
 from lifelong_moe.data.tokens.prepare import prepare_data
 from lifelong_moe.errors import DataError
@@ -27,12 +31,14 @@ LICENCE = "licensed under the terms of the usual licence without any warranty of
 
 @pytest.fixture(autouse=True, params=["at once", "in parts"])
 def parts(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Text is compared at once or in parts, with the same result; and looked up twice, a few letters at a time."""
+    """Text is compared at once or in parts, with the same result; and looked up twice, in files, in pieces."""
     if request.param == "in parts":
         monkeypatch.setattr(module, "PART_BYTES", 300)
         monkeypatch.setattr(module, "MOST_HITS", 50)
         monkeypatch.setattr(module, "LEAST_MERGED", 40)
         monkeypatch.setattr(runs, "_AT_ONCE", 32)
+        monkeypatch.setattr(runs, "_MOST_BYTES", 200)
+        monkeypatch.setattr(runs, "_COUNTED", 50)
 
 
 def words(rng: random.Random, number: int) -> list[str]:
@@ -117,7 +123,7 @@ def test_it_is_the_comparison_of_sets() -> None:
         assert near_copies(*both, may_contain=False) == by_sets(*both)
 
 
-def test_it_is_the_comparison_by_matrices() -> None:
+def test_it_is_the_comparison_by_matrices(tmp_path: Path) -> None:
     """Many kinds of text at once, of several distributions: by arrays of numbers, and as earlier versions did it."""
     rng = random.Random(9)
     for _ in range(12):
@@ -133,13 +139,50 @@ def test_it_is_the_comparison_by_matrices() -> None:
             sides[0].append(Document(" ".join(words(rng, 80)), "own"))
             corpora[name] = corpus_of(*sides, name=name)
         others = {"gone": [Document(rng.choice(pool), "gone")]}
-        found, expected = (one.without_near_copies(corpora, others) for one in (module, reference))
+        found, expected = without_near_copies(corpora, others, tmp_path), reference.without_near_copies(corpora, others)
         assert found == expected
         assert [one.near_copies for one in found.values()] == [one.near_copies for one in expected.values()]
         for may_contain in (False, True):
             sides_of_a = corpora["a"].train, [*corpora["b"].train, *corpora["c"].heldout]
             judged = (one.near_copies(*sides_of_a, may_contain=may_contain) for one in (module, reference))
             assert next(judged) == next(judged)
+    assert [*tmp_path.iterdir()] == []  # files were made, without names
+
+
+def test_where_no_file_can_be_made_numbers_stay_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(error: int) -> Callable[..., IO[bytes]]:
+        def raising(**_: object) -> IO[bytes]:
+            raise OSError(error, os.strerror(error))
+
+        return raising
+
+    monkeypatch.setattr(runs, "_MOST_BYTES", 10)
+    numbers = np.arange(100)
+    for error in (errno.EROFS, errno.EACCES):
+        monkeypatch.setattr("tempfile.TemporaryFile", refuse(error))
+        column = Column(np.int64, tmp_path)
+        for part in np.split(numbers, 5):
+            column.extend(part)
+        assert column.array().tolist() == numbers.tolist()
+    monkeypatch.setattr("tempfile.TemporaryFile", refuse(errno.ENOSPC))
+    with pytest.raises(OSError, match="No space left"):
+        Column(np.int64, tmp_path).extend(numbers)
+
+
+def test_documents_that_are_no_copies_are_not_held_to_be_read_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sentences that many documents share are counted; of the documents nothing is kept, and they are read once."""
+    rng = random.Random(12)
+    sentences = [" ".join(words(rng, 4)) for _ in range(60)]
+    train, heldout = (
+        [Document(" ".join([*rng.sample(sentences, 8), *words(rng, 60)]), f"{side}{i}") for i in range(number)]
+        for side, number in (("t", 300), ("h", 100))
+    )
+    copy = Document(edited(rng, heldout[0].text, 2), "copy")
+    monkeypatch.setattr(module, "MOST_HITS", 20 * len(ngrams(copy.text)))
+    looked_up, look = list[int](), module._looked_up
+    monkeypatch.setattr(module, "_looked_up", lambda train, *rest: looked_up.append(len(train)) or look(train, *rest))
+    assert len(kept([*train, copy], heldout)) == 300
+    assert looked_up == [301]
 
 
 def test_two_edits_and_every_tenth_word_are_found_and_new_text_is_not() -> None:
