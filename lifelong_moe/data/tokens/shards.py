@@ -16,6 +16,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
+from functools import partial
 from io import BufferedReader
 from pathlib import Path
 from typing import Any, TypeVar, overload
@@ -46,6 +47,8 @@ _ANSWERS = "answer_bytes.bin"
 _DIGESTS = "digests.bin"
 """Of each document the first half of its SHA-256; earlier versions wrote none."""
 _PIECE = "piece-"
+_AT_ONCE = 1 << 20
+"""Bytes of tokens that are read at once."""
 _MOST_OTHERS = 1000
 """Shards that are looked at for tokens of documents; pieces of 30 GB are as many."""
 _VERIFIED = "verified.json"
@@ -261,8 +264,8 @@ def _open(directory: Path, vocab_size: int) -> TokenShard | None:
             )
         except ValueError:  # no whole number of tokens, or none
             return None
-    if not are_known and not _is_consistent(shard, vocab_size):
-        return None
+        if not are_known and not (_is_consistent(shard) and _largest(tokens, manifest["dtype"]) < vocab_size):
+            return None
     notes.save()
     return shard
 
@@ -273,14 +276,21 @@ def _sha256(file: BufferedReader) -> str:
     return digest
 
 
-def _is_consistent(shard: TokenShard, vocab_size: int) -> bool:
-    """Whether documents lie one after the other and tokens are of the vocabulary, so that no index leads elsewhere."""
+def _is_consistent(shard: TokenShard) -> bool:
+    """Whether documents lie one after the other, so that no border leads elsewhere."""
     offsets = shard.offsets
     if len(offsets) != shard.num_documents + 1 or offsets[0] != 0 or offsets[-1] != shard.num_tokens:
         return False
     if any(one is not None and len(one) != shard.num_documents for one in (shard.answer_bytes, shard.digests)):
         return False
-    return bool((np.diff(offsets) > 0).all()) and int(shard.tokens.max()) < vocab_size
+    return bool((np.diff(offsets) > 0).all())
+
+
+def _largest(file: BufferedReader, dtype: str) -> int:
+    """The largest token of a file."""
+    file.seek(0)
+    # Not of the map, which would take as much memory as there are tokens.
+    return max(int(np.frombuffer(part, dtype).max()) for part in iter(partial(file.read, _AT_ONCE), b""))
 
 
 def _read_manifest(directory: Path) -> dict[str, Any] | None:
