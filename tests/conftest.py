@@ -30,6 +30,7 @@ from lifelong_moe.plan.architecture import Architecture, Generation
 from lifelong_moe.routing.routers.cluster import TokenClusterRouter
 from lifelong_moe.storage.locks import locked_when_free
 from lifelong_moe.tracking.connection import prepare_environment
+from lifelong_moe.training.callbacks.late import importing_lightning
 
 MEMORY = Path("/dev/shm")
 if os.access(MEMORY, os.W_OK) and shutil.disk_usage(MEMORY).free > 4 * 2**30:
@@ -43,6 +44,8 @@ for name in ("FORCE_COLOR", "PY_COLORS", "GITHUB_ACTIONS", "NO_COLOR", "TTY_COMP
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 sys.dont_write_bytecode = False
 os.environ["NO_PROXY"] = os.environ["no_proxy"] = "127.0.0.1,localhost"
+with importing_lightning():
+    """Whatever imports it in the tests, or in a process that they start, takes no more of it than a command does."""
 torch.set_num_threads(1)
 torch.set_warn_always(True)  # else only the first test to provoke a warning fails on it
 # One core, shared: what an example costs says nothing about the code.

@@ -1,7 +1,4 @@
-"""What torchrun starts on each of two nodes: steps in float64. The argument is a folder that they share.
-
-With ``forked`` after it, each node forks its rank instead of starting it.
-"""
+"""What torchrun starts on each of two nodes: steps in float64. The argument is a folder that they share."""
 
 from __future__ import annotations
 
@@ -13,14 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lifelong_moe.training.ranks import supervise
 from lifelong_moe.training.ranks.nodes import joined
 from lifelong_moe.training.ranks.supervise import run_ranks
 from lifelong_moe.training.ranks.surroundings import Surroundings
 from pipelines.run.nodes import on_nodes
 from tests.conftest import build_model, build_run
 from tests.divided import second_stage, take_steps
-from tests.forked import ForkedProcess, surroundings
+from tests.forked import surroundings
 
 CASE = "replay, distilled"
 NODES = 2
@@ -54,6 +50,4 @@ if __name__ == "__main__":
     from tests import node_steps  # by its name, which ranks import
 
     torch.set_num_threads(1)
-    if sys.argv[2:] == ["forked"]:
-        supervise.Popen = ForkedProcess  # type: ignore[assignment, misc]
     node_steps.main(Path(sys.argv[1]))

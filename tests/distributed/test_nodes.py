@@ -5,20 +5,22 @@ from __future__ import annotations
 import json
 import os
 import random
+import signal
 import socket
-import subprocess
 import sys
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 import pytest
 from torch import Tensor
 
+from lifelong_moe.training.ranks import supervise
 from tests import node_steps
 from tests.conftest import build_model, build_run
 from tests.divided import second_stage, take_steps
+from tests.forked import ForkedProcess
+from tests.tiny import Child, fork
 
 
 def free_port() -> int:
@@ -35,24 +37,30 @@ def free_job() -> int:
             return 7_000_000 + job
 
 
-def start(command: list[str], *arguments: str, **environment: str) -> subprocess.Popen[str]:
-    """Start a node with nothing of a launcher's in its environment but what is given."""
-    launchers = ("SLURM_", "TORCHELASTIC_", "MASTER_")
-    outer = {name: value for name, value in os.environ.items() if not name.startswith(launchers)}
+def start(action: Callable[[], object], **environment: str) -> Child:
+    """Fork a node with nothing of a launcher's in its environment but what is given: it has torch already."""
     path = os.pathsep.join(one or os.getcwd() for one in sys.path)
-    outer |= {"PYTHONPATH": path, "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
-    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
-    command = [sys.executable, *command, "-m", "tests.node_steps", "shared", *arguments]
-    return subprocess.Popen(command, env=outer | environment, text=True, start_new_session=True, **pipes)
+    given = environment | {"PYTHONPATH": path, "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
+
+    def node() -> None:
+        for name in [name for name in os.environ if name.startswith(("SLURM_", "TORCHELASTIC_", "MASTER_"))]:
+            del os.environ[name]
+        os.environ.update(given)
+        action()
+
+    return fork(node)
 
 
-def torchrun(node: int, port: int) -> subprocess.Popen[str]:
-    """As docs/scheduling/nodes.sh does."""
-    command = ["-m", "torch.distributed.run", f"--nnodes={node_steps.NODES}", f"--node-rank={node}"]
-    return start([*command, "--nproc-per-node=1", "--master-addr=127.0.0.1", f"--master-port={port}"])
+def torchrun(node: int, port: int) -> Child:
+    """As docs/scheduling/nodes.sh does; it starts the node's process, and that its rank."""
+    from torch.distributed.run import main
+
+    nodes = [f"--nnodes={node_steps.NODES}", f"--node-rank={node}", "--nproc-per-node=1"]
+    place = ["--master-addr=127.0.0.1", f"--master-port={port}"]
+    return start(lambda: main([*nodes, *place, "-m", "tests.node_steps", "shared"]))
 
 
-def srun(node: int, job: int) -> subprocess.Popen[str]:
+def srun(node: int, job: int) -> Child:
     """As srun does in docs/scheduling/nodes.slurm: these are the variables that a task finds.
 
     Ranks inherit all of them whether they are started or forked; torchrun's are started, which takes their imports.
@@ -60,26 +68,33 @@ def srun(node: int, job: int) -> subprocess.Popen[str]:
     told = {"JOB_ID": job, "JOB_NAME": "lifelong-moe-run", "JOB_NODELIST": "localhost", "NODELIST": "localhost"}
     told |= {"NNODES": node_steps.NODES, "NTASKS": node_steps.NODES, "NTASKS_PER_NODE": 1}
     told |= {"PROCID": node, "NODEID": node, "LOCALID": 0}
-    return start([], "forked", **{f"SLURM_{name}": str(value) for name, value in told.items()})
+
+    def task() -> None:
+        supervise.Popen = ForkedProcess  # type: ignore[assignment, misc]
+        node_steps.main(Path("shared"))
+
+    return start(task, **{f"SLURM_{name}": str(value) for name, value in told.items()})
 
 
 @pytest.mark.parametrize(("launch", "place"), [(torchrun, free_port), (srun, free_job)], ids=["torchrun", "srun"])
 def test_two_nodes_take_the_steps_of_one(
     lab: Path,
     monkeypatch: pytest.MonkeyPatch,
-    launch: Callable[[int, int], subprocess.Popen[str]],
+    launch: Callable[[int, int], Child],
     place: Callable[[], int],
 ) -> None:
     (lab / "shared").mkdir()
     where = place()
     nodes = [launch(node, where) for node in range(node_steps.NODES)]
+    ended: list[int] = []
     try:
-        said = [node.communicate(timeout=110)[0] for node in nodes]
+        ended.extend(node.wait() for node in nodes)
     finally:
-        for node in nodes:
-            if node.poll() is None:
-                node.terminate()  # its processes are of other groups, and end with it only if it can end them
-    assert [node.returncode for node in nodes] == [0, 0], said
+        for node in nodes[len(ended) :]:
+            os.kill(
+                node.pid, signal.SIGTERM
+            )  # its processes are of other groups, and end with it only if it can end them
+    assert ended == [0, 0], [node.output for node in nodes]
     monkeypatch.setattr(Tensor, "float", Tensor.double)
     one = take_steps(second_stage(build_run, build_model, node_steps.CASE, balance_loss=0.5), 2)[1].curves
     found = json.loads(Path("curves.json").read_text())

@@ -31,6 +31,7 @@ from torch.multiprocessing import _prctl_pr_set_pdeathsig  # type: ignore[attr-d
 
 from lifelong_moe.errors import LifelongError
 from lifelong_moe.training.callbacks.interrupt import PendingInterrupt
+from lifelong_moe.training.callbacks.late import importing_lightning
 from lifelong_moe.training.callbacks.lost import peer_is_lost
 from lifelong_moe.training.callbacks.points import Row
 from lifelong_moe.training.ranks.surroundings import Surroundings
@@ -90,9 +91,10 @@ def _meeting(meeting: Sequence[Any] | None, folder: Path, number: int, limit: ti
 
 def _work(entry: str) -> Work:
     module, _, name = entry.partition(":")
-    work: Work = getattr(import_module(module), name)
-    # Lightning's import sets up handlers of its own, which would write past the main process.
-    import_module("lightning.pytorch")
+    with importing_lightning():
+        work: Work = getattr(import_module(module), name)
+        # Its import sets up handlers of its own, which would write past the main process.
+        import_module("lightning.pytorch")
     for known in ("lightning", "lightning.pytorch", "lightning.fabric"):
         log = logging.getLogger(known)
         log.handlers, log.propagate = [], True
