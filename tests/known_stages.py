@@ -137,7 +137,16 @@ def _is_changed() -> bool:
     """Whether a function, method or constant of what trains is another one than when it was first seen."""
     for name in [name for name in sys.modules if name.startswith(PACKAGES) and name not in _seen]:
         _seen[name] = [*_values(sys.modules[name])]
-    return any(place.get(key) is not value for values in _seen.values() for place, key, value in values)
+    return any(
+        (now := place.get(key)) is not value and not _is_hooked(now, value)
+        for values in _seen.values()
+        for place, key, value in values
+    )
+
+
+def _is_hooked(now: Any, before: Any) -> bool:
+    """Whether torch has wrapped an optimizer's step, as it does for each class once the first of it is made."""
+    return getattr(now, "hooked", False) and now.__wrapped__ is before
 
 
 def _values(module: ModuleType) -> Iterator[tuple[Mapping[str, Any], str, Any]]:
