@@ -23,6 +23,8 @@ from pipelines.cli import app, exit_code
 from tests.records import commit_made
 from tests.tiny import tiny_config, train, write_config
 
+pytestmark = pytest.mark.xdist_group("server")  # one process starts what most of them ask
+
 START_SECONDS = 90.0
 
 
