@@ -1,4 +1,4 @@
-"""The suite's own memory of trained stages: most tests take their time from it, and none would fail without it."""
+"""What the suite takes its speed from, without which no other test would fail: stages known, and groups kept."""
 
 from __future__ import annotations
 
@@ -33,3 +33,8 @@ def test_what_was_trained_is_known_until_something_is_replaced(lab: Path, monkey
     monkeypatch.setattr(StageModule, "on_fit_end", lambda self: None)
     with pytest.raises(TrainedError):
         train()
+
+
+@pytest.mark.xdist_group("itself")
+def test_a_group_is_told_to_xdist(request: pytest.FixtureRequest) -> None:
+    assert request.node.nodeid.endswith("@itself") == getattr(request.config.option, "loadgroup", False)
