@@ -27,8 +27,8 @@ class Observation:
     counts_E: Tensor
     """Tokens assigned to each expert, int64 ``(E,)``."""
     inputs_ND: Tensor | None = None
-    """Inputs of the mixture-of-experts layer, float32 ``(N, D)``, one row per sampled token, without padding; None
-    where they are not asked for."""
+    """What the layer's router reads, float32 ``(N, D)``, one row per sampled token, without padding; None where it is
+    not asked for."""
 
 
 @torch.no_grad()
@@ -38,7 +38,8 @@ def observe(
     """Run the model on a sample, and say what each mixture-of-experts layer sees, bottom to top.
 
     Layer by layer: all of the sample is in one before any of it goes on to the next, so that the inputs of no more than
-    one layer are held, beside the hidden states of the sample. A layer that nobody asks for is not computed.
+    one layer are held, beside the hidden states of the sample. A layer that nobody asks for is not computed, nor are the
+    experts of the last one.
 
     Args:
         model: Unchanged; in evaluation mode until the last layer is seen, and then back in its own.
@@ -65,13 +66,13 @@ def observe(
 
 @contextmanager
 def _inputs(layer: MoELayer, kept: bool) -> Iterator[list[Tensor]]:
-    """Inputs of a layer within this context, on the CPU; none if they are not to be kept."""
+    """What a layer's router reads within this context, on the CPU; nothing if it is not to be kept."""
     inputs: list[Tensor] = []
     if not kept:
         yield inputs
         return
     # Moved at once: the sample's hidden states may fit on the device once, and not twice.
-    hook = layer.register_forward_pre_hook(lambda _, args: inputs.append(args[0].float().cpu()))
+    hook = layer.router.register_forward_pre_hook(lambda _, args: inputs.append(args[0].float().cpu()))
     try:
         yield inputs
     finally:

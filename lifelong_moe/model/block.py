@@ -65,6 +65,10 @@ class Block(nn.Module):
         out_TD = out_TD if self.moe_out_norm is None else self.moe_out_norm(out_TD)
         return x_BSD + out_TD.view_as(x_BSD), decided
 
+    def decide(self, x_BSD: Tensor, attention: AttentionContext, routing: RoutingContext) -> Routing:
+        """The router's decision on ``(B, S, D)``, without experts."""
+        return self.moe.decide(self.moe_norm(self.attend(x_BSD, attention, None)).flatten(0, 1), routing)
+
     def attend(self, x_BSD: Tensor, context: AttentionContext, cache: LayerCache | None) -> Tensor:
         """Attention and its residual connection."""
         # Without gradients nothing is stored, and there is nothing to recompute.

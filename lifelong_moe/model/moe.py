@@ -77,7 +77,7 @@ class MoELayer(nn.Module):
 
     def forward(self, x_TD: Tensor, context: RoutingContext) -> tuple[Tensor, Routing]:
         """``(T, D)`` to ``(T, D)``, and the router's decision."""
-        routing = self.router(x_TD, context)
+        routing = self.decide(x_TD, context)
         first = 0 if self.banks.placement else self.banks.sorted_from(x_TD)
         # shape: (N, D), sorted by expert
         rows_ND = routing.dispatch(x_TD, first)
@@ -86,6 +86,11 @@ class MoELayer(nn.Module):
         # shape: (T, D), weighted by gates
         routed_TD = routing.combine(out_ND, first)
         return self._with_shared(x_TD, routed_TD), routing
+
+    def decide(self, x_TD: Tensor, context: RoutingContext) -> Routing:
+        """The router's decision on ``(T, D)``."""
+        routing: Routing = self.router(x_TD, context)
+        return routing
 
     def _experts(self, rows_ND: Tensor, counts_E: Tensor) -> Tensor:
         if (placement := self.banks.placement) is None:
@@ -118,7 +123,11 @@ class DenseLayer(MoELayer):
     def forward(self, x_TD: Tensor, context: RoutingContext) -> tuple[Tensor, Routing]:
         """``(T, D)`` to ``(T, D)``, with an empty routing."""
         assert self.shared is not None
-        return self.shared(x_TD), no_routing(x_TD)
+        return self.shared(x_TD), self.decide(x_TD, context)
+
+    def decide(self, x_TD: Tensor, context: RoutingContext) -> Routing:
+        """An empty routing."""
+        return no_routing(x_TD)
 
 
 def no_routing(x_TD: Tensor) -> Routing:

@@ -254,14 +254,17 @@ class LanguageModel(nn.Module):
     def by_block(self, batch: TokenBatch) -> Iterator[Routing]:
         """:meth:`forward` without the head: run a block, yield its routing, and wait until the next block is asked for.
 
-        What many batches need of one layer can then be had before any goes on to the next.
+        What many batches need of one layer can then be had before any goes on to the next. Of the last block, whose
+        output nobody reads, experts are not computed.
         """
         self._require_domains(batch)
         attention = self._attention_context(batch, None)
         routing, x_BSD = self._routing_context(batch, attention.generations), self._embed(batch, attention.generations)
-        for block in self.blocks:
+        *lower, top = self.blocks
+        for block in lower:
             x_BSD, decided = block(x_BSD, attention, routing, None)
             yield decided
+        yield top.decide(x_BSD, attention, routing)
 
     def _require_domains(self, batch: TokenBatch) -> None:
         architecture, clusters = self.architecture, self.document_clusters

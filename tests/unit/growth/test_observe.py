@@ -69,3 +69,12 @@ def test_layers_that_nobody_asks_for_are_not_computed(
     assert computed == [0] and not model.training
     layers.close()
     assert model.training
+
+
+def test_experts_of_the_last_layer_are_not_computed(
+    make_model: Callable[..., LanguageModel], make_batch: Callable[..., dict[str, Tensor]]
+) -> None:
+    model, computed = make_model(), []
+    for i, layer in enumerate(model.moe_layers()):
+        layer.banks.register_forward_hook(lambda *_, i=i: computed.append(i))
+    assert len([*observe(model, make_batch(blocks=2))]) == 2 and computed == [0]
