@@ -38,8 +38,8 @@ def observe(
     """Run the model on a sample, and say what each mixture-of-experts layer sees, bottom to top.
 
     Layer by layer: all of the sample is in one before any of it goes on to the next, so that the inputs of no more than
-    one layer are held, beside the hidden states of the sample. A layer that nobody asks for is not computed, nor are the
-    experts of the last one.
+    one layer are held, beside the hidden states of the sample. A layer that nobody asks for is not computed, nor are
+    the experts of the last one.
 
     Args:
         model: Unchanged; in evaluation mode until the last layer is seen, and then back in its own.
