@@ -260,10 +260,10 @@ class LanguageModel(nn.Module):
         self._require_domains(batch)
         attention = self._attention_context(batch, None)
         routing, x_BSD = self._routing_context(batch, attention.generations), self._embed(batch, attention.generations)
-        *lower, top = self.blocks
-        for block in lower:
+        for block in list(self.blocks)[:-1]:
             x_BSD, decided = block(x_BSD, attention, routing, None)
             yield decided
+        top: Any = self.blocks[-1]
         yield top.decide(x_BSD, attention, routing)
 
     def _require_domains(self, batch: TokenBatch) -> None:

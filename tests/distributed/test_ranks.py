@@ -563,3 +563,25 @@ def test_what_cannot_be_divided_is_refused(lab: Path, overrides: tuple[str, ...]
         train(path, *overrides)
     assert str(caught.value) == message and caught.value.exit_code == 2
     assert not Path("mlruns").exists()
+
+
+def test_ranks_that_all_hang_end_with_a_second_request(lab: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Outside of a collective nothing tells a hang from a long step, and after one request they go on to its end.
+    def hang(module: StageModule, batch: dict[str, torch.Tensor]) -> None:
+        note(f"hangs-{dist.get_rank()}", str(os.getpid()))
+        wait_for_ever()
+
+    before_each_micro_batch(monkeypatch, hang)
+    child = fork(lambda: train(configure(("fruit",))))
+    files = [Path("hangs-0"), Path("hangs-1")]
+    while not all(path.exists() and path.read_text().endswith("\n") for path in files):
+        time.sleep(0.02)
+    os.kill(child.pid, signal.SIGTERM)
+    while "stopping after this step" not in child.output:
+        time.sleep(0.02)
+    assert not any(gone(int(path.read_text())) for path in files)
+    os.kill(child.pid, signal.SIGTERM)
+    assert child.wait() == TryAgainError.exit_code
+    while not all(gone(int(path.read_text())) for path in files):  # the system ends them with their parent
+        time.sleep(0.02)
+    assert list(lab.glob("mlruns/stages/*")) == []
