@@ -245,14 +245,25 @@ def _of_environment() -> Iterator[tuple[str, str]]:
     if password:
         yield _basic(user, password), "$MLFLOW_TRACKING_PASSWORD"
     for name, value in os.environ.items():
-        if _READ_BY_CLIENTS.fullmatch(name):
+        if _is_credential(name):
             yield value, f"${name}"
             yield from ((part, f"${name}") for part in _within(value) if not _WORD.fullmatch(part))
-        elif _ADDRESS.fullmatch(name):
+        elif _is_address(name):
             yield from ((part, f"${name}") for part in _told_apart(value))
         elif "://" in value and "@" in value:
             # Of others, such as a proxy or a database, the password alone: their paths are none of ours.
             yield from ((part, f"${name}") for part in _told_apart(value.rpartition("@")[0] + "@"))
+
+
+# Every line that is written asks about every variable.
+@lru_cache(maxsize=1024)
+def _is_credential(name: str) -> bool:
+    return _READ_BY_CLIENTS.fullmatch(name) is not None
+
+
+@lru_cache(maxsize=1024)
+def _is_address(name: str) -> bool:
+    return _ADDRESS.fullmatch(name) is not None
 
 
 def _is_secret(text: str) -> bool:
