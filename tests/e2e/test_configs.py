@@ -8,18 +8,20 @@ import math
 import re
 import runpy
 import shlex
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import pytest
 import typer
 import yaml
 
-from lifelong_moe.config.load import build_config, read_config
+from lifelong_moe.config.load import LoadedConfig, build_config, read_config
 from lifelong_moe.config.run import RunConfig
 from lifelong_moe.interop.layout.complete import with_checkpoint
-from lifelong_moe.plan.comparison import load_comparison
+from lifelong_moe.plan.comparison import Comparison, load_comparison
 from lifelong_moe.plan.methods import stage_specs
 from lifelong_moe.plan.retraining import NewStage, load_retraining
 from lifelong_moe.reports import report as report_module
@@ -73,9 +75,17 @@ def run_configurations(path: Path) -> list[RunConfig]:
         return [retraining.config(names, [NewStage("batch", "a.jsonl", name)]) for name in (None, names[0])]
     if not is_comparison(path):
         return [read_config(path, (), with_checkpoint).config]
-    comparison = load_comparison(path)
-    runs = [(arm, seed) for arm in comparison.arms for seed in comparison.settings.seeds[:1]]
-    return [comparison.configure(comparison.overrides(arm, seed)).config for arm, seed in runs]
+    configured: list[LoadedConfig] = []
+    configure = Comparison.configure
+
+    def kept(self: Comparison, overrides: Sequence[str]) -> LoadedConfig:
+        configured.append(configure(self, overrides))
+        return configured[-1]
+
+    with patch.object(Comparison, "configure", kept):
+        comparison = load_comparison(path)  # which configures each arm with its first seed
+    assert len(configured) == len(comparison.arms)
+    return [loaded.config for loaded in configured]
 
 
 def is_retraining(path: Path) -> bool:
