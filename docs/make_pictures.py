@@ -80,20 +80,25 @@ STARTS = {"first": "first", "5 % more": "5 % more text", "one changed file": "on
 def reading() -> dict[str, object]:
     """What starts of `prepare` take for text of several sizes."""
     sizes = kinds.read("results/reading")["sizes"]
-    kept = ("processor_seconds", "most_memory_megabytes")
-    of_starts = {name: {what: [one["starts"][name][what] for one in sizes] for what in kept} for name in STARTS}
-    return {"megabytes": [one["megabytes"] for one in sizes], "starts": of_starts}
+    kept = ("processor_seconds", "most_private_megabytes")
+    return {
+        name: {
+            "megabytes": [one["megabytes"] for one in sizes if name in one["starts"]],
+            **{what: [one["starts"][name][what] for one in sizes if name in one["starts"]] for what in kept},
+        }
+        for name in STARTS
+    }
 
 
 def reading_figure(shown: Mapping[str, Any]) -> Figure:
-    """Two panels over the size of the text: processor seconds, and the most memory."""
+    """Two panels over the size of the text: processor seconds, and the most private memory."""
     figure, panels = canvas(9.0, 3.4, 1, 2)
-    labels = {"processor_seconds": "processor seconds", "most_memory_megabytes": "most memory, MB"}
+    labels = {"processor_seconds": "processor seconds", "most_private_megabytes": "most private memory, MB"}
     for axes, (what, label) in zip(panels, labels.items(), strict=True):
         for colour, (name, words) in zip(LINE_COLOURS, STARTS.items(), strict=False):
-            values = shown["starts"][name][what]
-            axes.plot(shown["megabytes"], values, "o-", color=colour)
-            axes.annotate(words, (shown["megabytes"][-1], values[-1]), xytext=(6, 0), textcoords="offset points",
+            sizes, values = shown[name]["megabytes"], shown[name][what]
+            axes.plot(sizes, values, "o-", color=colour)
+            axes.annotate(words, (sizes[-1], values[-1]), xytext=(6, 0), textcoords="offset points",
                           fontsize=8, color=colour, va="center", annotation_clip=False)  # fmt: skip
         axes.set(xlabel="MB of JSONL", ylabel=label, ylim=(0, None))
     entitle(figure, "prepare", "what starts take by the size of the text", "processes that each start anew")

@@ -338,13 +338,17 @@ def reading() -> list[str]:
         [
             f"{one['megabytes']:,} MB" if not i else "",
             start,
+            f"{taken['seconds']:.1f}",
             f"{taken['processor_seconds']:.1f}",
+            f"{one['megabytes'] / taken['seconds']:.1f}" if start == "first" else "",
+            f"{taken['most_private_megabytes']:.0f}",
             f"{taken['most_memory_megabytes']:.0f}",
         ]
         for one in read("results/reading")["sizes"]
         for i, (start, taken) in enumerate(one["starts"].items())
     ]
-    return markdown(["text in 20 files", "start", "processor seconds", "most memory, MB"], rows, "llrr")
+    heads = ["text in 20 files", "start", "seconds", "processor seconds", "MB/s", "private memory, MB", "with maps, MB"]
+    return markdown(heads, rows, "llrrrrr")
 
 
 def phase_starts() -> list[str]:

@@ -1,6 +1,7 @@
 """What `prepare` takes for text of several sizes: the first start, the second, a changed file, and more files.
 
-    PYTHONPATH=$PWD python -m tests.benchmarks.prepare_sizes --megabytes 100 300 1000 --work WORK --out reading.json
+    PYTHONPATH=$PWD python -m tests.benchmarks.prepare_sizes --megabytes 100 300 1000 --first 3000 --work WORK \
+        --out reading.json
 
 Each size is text of its own (`tests.benchmarks.text_of_any_size`) in twenty files, of which a hundredth is held out.
 Beside the smallest, `tokenizers` alone is timed: trained on the same text and applied to it, in batches of as much text
@@ -71,12 +72,14 @@ def prepare(folder: Path, tokenizer: dict[str, Any]) -> dict[str, float]:
     return {name: round(number, 1) for name, number in taken.items()}
 
 
-def starts(folder: Path, megabytes: int) -> Iterator[tuple[str, dict[str, float]]]:
-    """Each start of one size, the next only after the one before."""
+def starts(folder: Path, megabytes: int, is_grown: bool) -> Iterator[tuple[str, dict[str, float]]]:
+    """Each start of one size, the next only after the one before; the last two with text that changed."""
     yield "first", prepare(folder, {"vocab_size": 4096})
     time.sleep(3)  # a file that was just written is not believed to stay as it is
     prepare(folder, {"vocab_size": 4096})
     yield "second", prepare(folder, {"vocab_size": 4096})
+    if not is_grown:
+        return
     # Text that changes would train another tokenizer, and all tokens be made again.
     (trained,) = (folder / "data/cache/tokenizers").glob("*.json")
     given = {"file": str(shutil.copy(trained, folder / "tokenizer.json"))}
@@ -94,11 +97,12 @@ def main() -> None:
     """Measure size after size, and write what was found after each start."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--megabytes", type=int, nargs="+", default=[100, 300, 1000])
+    parser.add_argument("--first", type=int, nargs="*", default=[], help="further sizes, whose text does not change")
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
     options, origin = parser.parse_args(), made_with()
     found: dict[str, Any] = {"files": FILES, "sizes": []}
-    for megabytes in options.megabytes:
+    for megabytes in [*options.megabytes, *options.first]:
         folder = (options.work / str(megabytes)).resolve()
         write(folder / "text", megabytes, megabytes)
         each: dict[str, Any] = {}
@@ -108,7 +112,7 @@ def main() -> None:
             found["tokenizers_alone"] = json.loads(
                 subprocess.check_output(alone, env=os.environ | {"PYTHONPATH": str(ROOT)})
             )
-        for what, taken in starts(folder, megabytes):
+        for what, taken in starts(folder, megabytes, megabytes not in options.first):
             each[what] = taken
             print(megabytes, what, taken, flush=True)
             keep(options.out, found, origin)

@@ -20,6 +20,7 @@ from numpy.typing import DTypeLike, NDArray
 
 from lifelong_moe.data.text.documents import SHORT_TEXT, Document, letters
 from lifelong_moe.data.text.spool import source_number
+from lifelong_moe.errors import DataError
 from lifelong_moe.storage.temporary import unnamed_file
 
 NGRAM = 16
@@ -44,6 +45,8 @@ _MOST_BYTES = 4 << 20
 """Of a column that are held in memory."""
 _OWNED = np.dtype([("run", "u8"), ("document", "i4")])
 """A run, and the document that has it."""
+MOST_RUNS = (1 << 31) - 1
+"""Of a table, whose numbers have 32 bits: those of some 3 GB of text."""
 _COUNTED = 1 << 22
 """Runs of a table that are counted at once."""
 
@@ -141,6 +144,9 @@ class Table:
     Args:
         documents: They are read once, and not held.
         folder: See :class:`Column`.
+
+    Raises:
+        DataError: If they have more runs than :data:`MOST_RUNS`.
     """
 
     def __init__(self, documents: Iterable[Document], folder: Path | None = None) -> None:
@@ -170,6 +176,11 @@ class Table:
             is_first = _is_first(runs)
             places = (np.cumsum(is_first) - 1 + number).astype(np.int32)
             number += int(is_first.sum())
+            if number > MOST_RUNS:
+                raise DataError(
+                    f"text that is held out has more than {MOST_RUNS:,} different runs of {NGRAM} letters, which is "
+                    f"some 3 GB: lower heldout_fraction, or name heldout_files."
+                )
             found: list[NDArray[Any]] = [runs[is_first], owner[is_first], places[~is_first], owner[~is_first]]
             for column, numbers in zip(columns, found, strict=True):
                 column.extend(numbers)

@@ -311,6 +311,16 @@ def test_new_text_of_nothing_but_what_is_common_is_no_loss() -> None:
     assert near_copies(template, [other], may_contain=True) == [False] * 10
 
 
+def test_more_runs_than_numbers_of_32_bits_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    heldout = Document(" ".join(words(random.Random(0), 100)), "h")
+    size = len(ngrams(heldout.text))
+    monkeypatch.setattr(runs, "MOST_RUNS", size)
+    assert len(Table([heldout, heldout])) == size
+    monkeypatch.setattr(runs, "MOST_RUNS", size - 1)
+    with pytest.raises(DataError, match=r"^text that is held out has more than .*: lower heldout_fraction, or name"):
+        Table([heldout])
+
+
 def test_a_run_beyond_all_of_a_table_is_not_in_it() -> None:
     table = Table([Document("abcdefghijklmnop", "")])  # a single run
     (run,) = table.runs_W
