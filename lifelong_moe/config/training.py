@@ -239,7 +239,7 @@ class TrainerConfig:
         if self.num_nodes > 1:
             raise ConfigError(
                 f"trainer.num_nodes={self.num_nodes}: only `lifelong-moe run`, started on each machine by torchrun or "
-                f"srun, trains on several; see docs/scheduling.md."
+                f"srun, trains on several (docs/scheduling.md). Set trainer.num_nodes=1."
             )
 
     @property

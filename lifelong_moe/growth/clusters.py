@@ -60,13 +60,15 @@ def fit_token_clusters(
     for i, layer in enumerate(model.moe_layers()):
         router = layer.router
         assert isinstance(router, TokenClusterRouter)
+        # A dense layer, of which no token asks the router.
+        if not (num := router.generations[-1]):
+            continue
         # Observed anew for each layer: the layers below route by the centroids that were just fitted.
         if routing.clusters_hidden:
             with closing(observe(model, sample, [i])) as layers:
                 inputs_ND = next(islice(layers, i, None)).inputs_ND
             assert inputs_ND is not None
             features_NF = inputs_ND.numpy()
-        num = router.generations[-1]
         if routing.centroids == Centroids.random:
             drawn = np.random.default_rng(seed + i).standard_normal((num, router.feature_width))
             router.set_rows(torch.from_numpy(unit_rows(drawn)))

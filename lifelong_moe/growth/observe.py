@@ -28,7 +28,7 @@ class Observation:
     """Tokens assigned to each expert, int64 ``(E,)``."""
     inputs_ND: Tensor | None = None
     """What the layer's router reads, float32 ``(N, D)``, one row per sampled token, without padding; None where it is
-    not asked for."""
+    not asked for, and of a dense layer."""
 
 
 @torch.no_grad()

@@ -112,7 +112,7 @@ def decide(
         for i, (name, tried) in enumerate(grown):
             parts = utility_terms(tried, config)
             terms |= {f"way_{i + 1}/{term}": value for term, value in parts.items()}
-            reasons.append(f"{name}: utility {parts['utility']:.4f}{', the best of the ways to grow' * (i == way)}.")
+            reasons.append(f"{name}: utility {parts['utility']:z.4f}{', the best of the ways to grow' * (i == way)}.")
     for action, probe in probes.items():
         if probe is None:
             continue
@@ -123,7 +123,7 @@ def decide(
         # Strictly greater: on a tie the cheaper action stays, and skipping is the cheapest.
         if obstacle is None and parts["utility"] > highest:
             best, highest = action, parts["utility"]
-        obstacles.append(obstacle or Obstacle(f"the utility of what {action} brings is {parts['utility']:.4f}"))
+        obstacles.append(obstacle or Obstacle(f"the utility of what {action} brings is {parts['utility']:z.4f}"))
     open_ = [obstacle for obstacle in obstacles if obstacle.waits]
     open_ += [Obstacle(untested, waits=True)] if untested else []
     # Text is skipped for good only where bounds say so; any open question makes it wait for more of its kind.
@@ -182,15 +182,15 @@ def _obstacle(
         return Obstacle("a number is missing", waits=True)
     if probe.structure_upper < config.min_structure:
         return Obstacle(
-            f"the text is noise: reading it in order is worth at most {probe.structure_upper:.3f} nats per token "
+            f"the text is noise: reading it in order is worth at most {probe.structure_upper:z.3f} nats per token "
             f"(decision.min_structure={config.min_structure})"
         )
     for key, least in (("decision", config.min_gain), ("gate", gate.min_gain)):
         if probe.gain_upper < least:
-            return Obstacle(f"the gain is at most {probe.gain_upper:.4f} nats per token ({key}.min_gain={least})")
+            return Obstacle(f"the gain is at most {probe.gain_upper:z.4f} nats per token ({key}.min_gain={least})")
     if probe.forgetting_lower > gate.tolerance:
         return Obstacle(
-            f"old text loses at least {probe.forgetting_lower:.4f} nats per token in the probe alone, which the gate "
+            f"old text loses at least {probe.forgetting_lower:z.4f} nats per token in the probe alone, which the gate "
             f"will not let pass (gate.tolerance={gate.tolerance})"
         )
     if probe.leak > gate.max_leak:
@@ -205,7 +205,7 @@ def _open_question(probe: ProbeResult, parts: Mapping[str, float], config: Decis
     """What more text might answer; an obstacle for good where even the best case is worth less than it costs."""
     if math.isinf(probe.forgetting):
         return Obstacle("what old text loses cannot be told until more sources of it are held out", waits=True)
-    worth = f"{probe.gain_lower:.4f} to {probe.gain_upper:.4f}"
+    worth = f"{probe.gain_lower:z.4f} to {probe.gain_upper:z.4f}"
     # The utility's upper bound: the largest gain that the bounds allow, with the least forgetting that they allow.
     least_cost = config.forgetting_weight * max(0.0, probe.forgetting_lower - config.tolerance)
     if parts["utility"] - probe.gain + probe.gain_upper - (least_cost - parts["forgetting_cost"]) <= 0:
@@ -218,7 +218,7 @@ def _open_question(probe: ProbeResult, parts: Mapping[str, float], config: Decis
         return Obstacle(f"the gain may be {worth} nats per token (decision.min_gain={config.min_gain})", waits=True)
     if probe.structure < config.min_structure:
         return Obstacle(
-            f"reading the text in order may be worth {probe.structure:.3f} to {probe.structure_upper:.3f} nats per "
+            f"reading the text in order may be worth {probe.structure:z.3f} to {probe.structure_upper:z.3f} nats per "
             f"token (decision.min_structure={config.min_structure}), so it may be noise",
             waits=True,
         )
@@ -228,8 +228,9 @@ def _open_question(probe: ProbeResult, parts: Mapping[str, float], config: Decis
 def _summary(action: Action, parts: Mapping[str, float], obstacle: Obstacle | None) -> str:
     verb = {Action.continue_: "Continuing", Action.grow: "Growing"}[action]
     text = (
-        f"{verb} gains {parts['gain']:.4f} nats per token; forgetting costs {parts['forgetting_cost']:.4f}, parameters "
-        f"{parts['parameter_cost']:.4f}, training {parts['budget_cost']:.4f}: utility {parts['utility']:.4f}"
+        f"{verb} gains {parts['gain']:z.4f} nats per token; forgetting costs {parts['forgetting_cost']:z.4f}, "
+        f"parameters {parts['parameter_cost']:z.4f}, training {parts['budget_cost']:z.4f}: "
+        f"utility {parts['utility']:z.4f}"
     )
     if obstacle is None:
         return f"{text}."
@@ -242,12 +243,12 @@ def _warnings(probe: ProbeResult, gate: GateConfig) -> list[str]:
     found = []
     if probe.gain_lower < gate.min_gain:
         found.append(
-            f"Warning: after its probe the gain may be as low as {probe.gain_lower:.4f} nats per token; the gate asks "
+            f"Warning: after its probe the gain may be as low as {probe.gain_lower:z.4f} nats per token; the gate asks "
             f"for {gate.min_gain:g} (gate.min_gain)."
         )
     if probe.forgetting > gate.tolerance:
         found.append(
-            f"Warning: after its probe old text may have lost up to {probe.forgetting:.4f} nats per token; the gate "
+            f"Warning: after its probe old text may have lost up to {probe.forgetting:z.4f} nats per token; the gate "
             f"lets {gate.tolerance:g} pass (gate.tolerance)."
         )
     return found
@@ -259,4 +260,4 @@ def _choice(best: Action, utility: float, obstacles: Sequence[Obstacle]) -> str:
         return f"Skip: no action is worth more than nothing{why}."
     if best == Action.wait:
         return f"Wait: there is no answer yet{why}."
-    return f"{best.capitalize()}: its utility of {utility:.4f} is the largest."
+    return f"{best.capitalize()}: its utility of {utility:z.4f} is the largest."

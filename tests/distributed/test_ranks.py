@@ -101,9 +101,9 @@ def gone(pid: int) -> bool:
 
 
 def no_children() -> bool:
-    """Whether this process has no child, alive or unburied."""
+    """Whether this process has no child, alive or unburied, but such as has a group of its own: a server of others."""
     try:
-        return os.waitpid(-1, os.WNOHANG) is None
+        return os.waitpid(0, os.WNOHANG) is None
     except ChildProcessError:
         return True
 
@@ -547,7 +547,7 @@ def test_curves_are_sent_once(lab: Path, monkeypatch: pytest.MonkeyPatch) -> Non
         (
             ("trainer.devices=1", "trainer.num_nodes=2"),
             "trainer.num_nodes=2: only `lifelong-moe run`, started on each machine by torchrun or srun, trains on "
-            "several; see docs/scheduling.md.",
+            "several (docs/scheduling.md). Set trainer.num_nodes=1.",
         ),
         (
             ("trainer.num_nodes=3",),

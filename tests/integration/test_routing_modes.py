@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from rich.console import Console
+from safetensors.torch import load_file
 
 from lifelong_moe.config.parts import Part
 from lifelong_moe.store.stages import StageStore
@@ -192,3 +193,15 @@ def test_bundles_with_a_frozen_trunk_forget_nothing(lab: Path, by: str) -> None:
     assert all(abs(losses[2][j] - losses[j][j]) <= 1e-6 for j in range(2))
     assert losses[1][1] < losses[0][1] and losses[2][2] < losses[1][2]
     assert all(statistics["leak"] == 0 for statistics in report["routing"].values())
+
+
+@pytest.mark.parametrize("features", ["embedding", "hidden"])
+def test_clusters_beside_a_dense_layer(lab: Path, features: str) -> None:
+    """It has no centroids to fit, and no token chooses in it."""
+    config = tiny_config(routing={"mode": "cluster", "level": "token", "features": features, "top_k": 1})
+    config["model"]["dense_layers"] = 1
+    report, _ = train(write_config(config))
+    assert [stage["name"] for stage in report["stages"]] == ["fruit", "code"]
+    stored = load_file(next(Path("mlruns/stages").glob("fruit-*")) / "model.safetensors")
+    sizes = {name: len(tensor) for name, tensor in stored.items() if "centroids" in name}
+    assert sorted(sizes.values()) == [0, 2] and all(bool(stored[name].any()) for name, size in sizes.items() if size)

@@ -260,7 +260,8 @@ class Table:
     def documents_of(self, which_R: NDArray[np.bool_], begin: int, end: int) -> NDArray[np.int32]:
         """By how many of some documents each run of a range is had ``(end - begin,)``."""
         numbers = which_R[self._first_W[begin:end]].astype(np.int32)
-        again = slice(*np.searchsorted(self._again_run, [begin, end]))
+        # Of the same type: for another one NumPy would copy the whole column.
+        again = slice(*np.searchsorted(self._again_run, np.array([begin, end], np.int32)))
         runs = self._again_run[again][which_R[self._again_document[again]]]
         begins = begins_of(runs)
         numbers[runs[begins[:-1]] - begin] += np.diff(begins).astype(np.int32)

@@ -155,7 +155,7 @@ def _churn(module: StageModule, run: PhaseRun) -> float | None:
 
 
 def _sample_assignments(model: LanguageModel, spec: StageSpec, corpora: Mapping[str, TokenizedCorpus]) -> Tensor | None:
-    """First expert of each real token of a sample, by layer; None unless fixed centroids read hidden states."""
+    """First expert of each real token of a sample, by mixture layer; None unless fixed centroids read hidden states."""
     # Only there do weights that train move the assignments, although the centroids stay.
     if not spec.routing.clusters_hidden:
         return None
@@ -163,4 +163,6 @@ def _sample_assignments(model: LanguageModel, spec: StageSpec, corpora: Mapping[
     model.eval()
     with torch.no_grad():
         output = model(TokenBatch.of(sample))
-    return torch.stack([r.expert_ids_TK[:, 0][sample["mask"].flatten()] for r in output.routings]).cpu()
+    # In a dense layer nothing is chosen.
+    chosen = [r.expert_ids_TK for r in output.routings if r.expert_ids_TK.shape[1]]
+    return torch.stack([expert_ids_TK[:, 0][sample["mask"].flatten()] for expert_ids_TK in chosen]).cpu()

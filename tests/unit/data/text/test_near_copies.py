@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import random
+import tracemalloc
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -146,7 +147,9 @@ def test_it_is_the_comparison_by_matrices(tmp_path: Path) -> None:
             sides_of_a = corpora["a"].train, [*corpora["b"].train, *corpora["c"].heldout]
             judged = (one.near_copies(*sides_of_a, may_contain=may_contain) for one in (module, reference))
             assert next(judged) == next(judged)
-    assert [*tmp_path.iterdir()] == []  # files were made, without names
+    # Where there is much, files are made, without names.
+    is_much = runs._MOST_BYTES < 1000
+    assert isinstance(Table(corpora["a"].train, tmp_path).runs_W, np.memmap) == is_much and [*tmp_path.iterdir()] == []
 
 
 def test_where_no_file_can_be_made_numbers_stay_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -309,6 +312,19 @@ def test_new_text_of_nothing_but_what_is_common_is_no_loss() -> None:
     assert near_copies(template, [Document(f"{LICENCE}!", "known")], may_contain=True) == [True] * 10
     other = Document(" ".join(words(random.Random(0), 60)), "known")
     assert near_copies(template, [other], may_contain=True) == [False] * 10
+
+
+def test_counting_the_documents_of_a_range_copies_no_column(tmp_path: Path) -> None:
+    """What lies in files would otherwise be in memory all the same."""
+    table = Table([Document("abcdefghijklmnopqrstuvwxyz", "s")] * 2, tmp_path)
+    table._again_run = np.sort(np.resize(table._again_run, 1 << 20))
+    table._again_document = np.ones(1 << 20, np.int32)
+    tracemalloc.start()
+    try:
+        assert table.documents_of(np.array([True, False]), 0, 0).tolist() == []
+        assert tracemalloc.get_traced_memory()[1] < 1 << 20
+    finally:
+        tracemalloc.stop()
 
 
 def test_more_runs_than_numbers_of_32_bits_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
