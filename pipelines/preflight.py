@@ -17,6 +17,7 @@ from lifelong_moe.plan.methods import stage_specs
 from lifelong_moe.plan.retraining import Retraining, load_retraining, read_gate
 from lifelong_moe.storage.locks import locked
 from lifelong_moe.store.runs import RunRecord, require_head
+from pipelines.shared.launcher import require_started_once
 from pipelines.shared.places import ROOT
 
 
@@ -69,4 +70,5 @@ def read_retraining(config: str, overrides: Sequence[str]) -> Retraining:
         lambda found: begun(build_config(found.base, is_stored=True)),
     )
     build_config(found.base, is_stored=True).trainer.require_one_machine()
+    require_started_once()
     return found

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 
 from rich.console import Console
 
 from lifelong_moe.config.training import TrainerConfig
-from lifelong_moe.errors import ConfigError
 from lifelong_moe.training.callbacks.interrupt import handling_signals
 from lifelong_moe.training.callbacks.late import importing_lightning
 from lifelong_moe.training.ranks.surroundings import Surroundings
+from pipelines.shared.launcher import require_started_once
 
 
 def on_nodes(trainer: TrainerConfig, command: Callable[[], None], console: Console) -> None:
@@ -29,13 +28,7 @@ def on_nodes(trainer: TrainerConfig, command: Callable[[], None], console: Conso
         TryAgainError: On every other machine, if the first is gone.
     """
     if trainer.num_nodes == 1:
-        # As users of Lightning start several processes; SLURM's tasks may be for something else.
-        started = os.environ.get("WORLD_SIZE", "1")
-        if "TORCHELASTIC_RUN_ID" in os.environ and started != "1":
-            raise ConfigError(
-                f"trainer.num_nodes=1: torchrun has started {started} processes. Start the command once, which starts "
-                f"the processes of trainer.devices itself; or one on each machine, with trainer.num_nodes."
-            )
+        require_started_once()
         command()
         return
     with importing_lightning():

@@ -238,6 +238,9 @@ def test_torchrun_starts_one_process_a_machine(lab: Path, cli: Cli, monkeypatch:
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
     monkeypatch.setenv("WORLD_SIZE", "4")
     assert "torchrun has started 4 processes" in refused(cli, lab, "run", "tiny.yaml", "trainer.devices=4")
+    write_config(base_config())
+    Path("retrain.yaml").write_text(yaml.safe_dump(RETRAIN))
+    assert "torchrun has started 4 processes" in refused(cli, lab, "retrain", "retrain.yaml")
 
 
 @pytest.mark.parametrize("place", ["mlruns", "data"])
